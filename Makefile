@@ -1,0 +1,41 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test test-slow check format clean
+
+help:  ## what each target does
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/run.stamp: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[examples,images]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP) -e '.[examples,images,zoo,dev]'
+	@touch $@
+
+quickstart: $(VENV)/run.stamp  ## install, train a small vision transformer on real data, compare with dense
+	@PATH="$(CURDIR)/$(BIN):$$PATH" jobs/quickstart.sh
+
+test: check  ## lint, types and every test that takes seconds
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.stamp  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout 7200
+
+check: $(VENV)/dev.stamp  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp  ## put the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what make made, runs and data excepted
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
