@@ -1,0 +1,49 @@
+"""What a low-rank weight is: W = U Σ Vᵀ with U and V frozen and a small dense Σ trained.
+
+This room knows torch and nothing else of hpclr.
+"""
+
+from hpclr.lowrank.accounting import LayerSize, Summary, count_flops, optimizer_bytes, summarize
+from hpclr.lowrank.average import EMA
+from hpclr.lowrank.convert import LayerReport, densify, factorize, load_state_dict, shape_model_like
+from hpclr.lowrank.factors import FactorizationError, LowRankWarning, stability
+from hpclr.lowrank.moments import BasisChange
+from hpclr.lowrank.ranks import (
+    Energy,
+    GavishDonoho,
+    MarchenkoPastur,
+    RankRule,
+    RelativeCutoff,
+    StableRank,
+    SumProportion,
+    rank_rule,
+)
+from hpclr.lowrank.sites import WeightSite, select
+
+__all__ = [
+    "EMA",
+    "BasisChange",
+    "Energy",
+    "FactorizationError",
+    "GavishDonoho",
+    "LayerReport",
+    "LayerSize",
+    "LowRankWarning",
+    "MarchenkoPastur",
+    "RankRule",
+    "RelativeCutoff",
+    "StableRank",
+    "SumProportion",
+    "Summary",
+    "WeightSite",
+    "count_flops",
+    "densify",
+    "factorize",
+    "load_state_dict",
+    "optimizer_bytes",
+    "rank_rule",
+    "select",
+    "shape_model_like",
+    "stability",
+    "summarize",
+]

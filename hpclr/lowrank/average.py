@@ -1,0 +1,83 @@
+"""An exponential moving average of the weights that follows the changes of basis."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpclr.lowrank.layers import replace_data
+from hpclr.lowrank.moments import BasisChange
+
+
+class EMA:
+    """Averages of all trained parameters.
+
+    A method that changes bases must be told of it: `oialr.on_change(ema.follow)`. The averages of a weight
+    are carried as its momentum is, exactly within the frozen basis; what they held outside it is dropped.
+
+    Args:
+        model: the model to follow.
+        decay: d in (0, 1): average ← d·average + (1 − d)·weight at each `update()`.
+
+    Raises:
+        ValueError: for a decay outside (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"the decay of an average must lie between 0 and 1, found {decay}")
+        self.model, self.decay = model, decay
+        self._averages = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the averages towards the weights; call it after each optimiser step."""
+        for parameter, average in self._averages.items():
+            average.lerp_(parameter, 1 - self.decay)
+
+    def follow(self, change: BasisChange) -> None:
+        """Takes an average through a change of its parameter's basis."""
+        if change.parameter in self._averages:
+            self._averages[change.parameter] = change.linear(self._averages[change.parameter])
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The model with averaged weights, for evaluation; its own come back at the end."""
+        own = {parameter: parameter.data for parameter in self._averages}
+        gradients = {parameter: parameter.grad for parameter in self._averages}
+        self._swap(self._averages)
+        try:
+            yield self.model
+        finally:
+            self._swap(own)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+    def _swap(self, contents: dict[nn.Parameter, Tensor]) -> None:
+        for parameter, data in contents.items():
+            replace_data(parameter, data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {
+            "decay": self.decay,
+            "averages": {names[p]: average.clone() for p, average in self._averages.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes averages saved by `state_dict`; the model must already have the shapes it had then.
+
+        Raises:
+            ValueError: if names or shapes differ, naming the first.
+        """
+        named = dict(self.model.named_parameters())
+        for name, average in state["averages"].items():
+            if name not in named or named[name].shape != average.shape:
+                raise ValueError(
+                    f"the saved average of '{name}' ({tuple(average.shape)}) fits no parameter of the model"
+                )
+            self._averages[named[name]] = average.to(named[name]).clone()
+        self.decay = float(state["decay"])

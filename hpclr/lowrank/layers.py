@@ -1,0 +1,219 @@
+"""Layers whose weight is U Σ Vᵀ: what is common to all of them.
+
+A layer is converted in place. Its object, name, hooks and other parameters stay; its class becomes a
+subclass of its own class, made here, and its `weight` becomes `u`, `sigma`, `vh`. The Parameter `sigma`
+*is* the Parameter that was `weight`, with other contents: an optimiser, a scheduler or a list kept for
+clipping that holds it holds the right thing before and after.
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hpclr.lowrank.factors import SVD, LowRankWarning, numerical_rank, svd
+from hpclr.lowrank.product import Factors, dense
+
+
+class Slot(NamedTuple):
+    """A place in a module where a weight matrix lives: its name when dense, and as factors."""
+
+    weight: str
+    stem: str = ""
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The names of the parameters U, Σ and Vᵀ."""
+        return f"{self.stem}u", f"{self.stem}sigma", f"{self.stem}vh"
+
+
+class LowRankModule(nn.Module):
+    """What a converted layer can do besides what its class could. Mixed in before that class."""
+
+    slots: tuple[Slot, ...]
+    dense_class: type[nn.Module]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The m×n view of a weight, or of anything shaped like it; m counts outputs."""
+        return weight.reshape(weight.shape[0], -1)
+
+    def from_matrix(self, matrix: Tensor, slot: Slot) -> Tensor:
+        """The inverse of `to_matrix`."""
+        return matrix
+
+    def is_lowrank(self, slot: Slot) -> bool:
+        """Whether the weight of this slot is held as factors."""
+        return slot.names[1] in self._parameters
+
+    def factors(self, slot: Slot) -> Factors:
+        """U, Σ, Vᵀ of a slot, frozen as they must be."""
+        u, sigma, vh = (self._parameters[name] for name in slot.names)
+        assert u is not None and sigma is not None and vh is not None  # noqa: PT018 - one fact
+        if u.requires_grad or vh.requires_grad:
+            _refreeze(u, vh, type(self).__name__)
+        return Factors(u, sigma, vh)
+
+    def dense_weight(self, slot: Slot) -> Tensor:
+        """The weight as its class knows it; a differentiable function of Σ where it is factored."""
+        if not self.is_lowrank(slot):
+            weight = self._parameters[slot.weight]
+            assert weight is not None
+            return weight
+        return self.from_matrix(dense(self.factors(slot)), slot)
+
+    def extra_repr(self) -> str:
+        """What the class prints of itself, and the ranks."""
+        ranks = [f"{slot.stem}rank={self.factors(slot).sigma.shape[0]}" for slot in self.slots if self.is_lowrank(slot)]
+        return ", ".join(filter(None, [super().extra_repr(), *ranks]))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time, so pickle and copy are told how to make it again
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _empty_layer, (self.dense_class,), state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for slot in self.slots:
+            weight = state_dict.get(prefix + slot.weight)
+            if weight is not None and self.is_lowrank(slot):
+                _replace_by_factors(state_dict, prefix, slot, self._decompose(weight, slot))
+            sigma = state_dict.get(prefix + slot.names[1])
+            if sigma is not None and tuple(sigma.shape) != self._sigma_shape(slot):
+                self.resize(slot, int(sigma.shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _sigma_shape(self, slot: Slot) -> tuple[int, ...] | None:
+        sigma = self._parameters.get(slot.names[1])
+        return None if sigma is None else tuple(sigma.shape)
+
+    def _decompose(self, weight: Tensor, slot: Slot) -> SVD:
+        """A dense weight for a factored slot: as many directions as it has, so that nothing is lost."""
+        u, s, vh = svd(self.to_matrix(weight))
+        k = max(1, numerical_rank(s, (u.shape[0], vh.shape[1])))
+        return SVD(u[:, :k], s[:k], vh[:k])
+
+    def resize(self, slot: Slot, rank: int) -> None:
+        """Gives a slot factors of this rank with contents still to come (from a state dict)."""
+        like = self._parameters.get(slot.names[1])
+        like = self._parameters[slot.weight] if like is None else like
+        m, n = self.matrix_shape(slot)
+        assert like is not None
+        empty = [
+            torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in ((m, rank), (rank, rank), (rank, n))
+        ]
+        install(self, slot, *empty)
+
+    def matrix_shape(self, slot: Slot) -> tuple[int, int]:
+        """(m, n) of the weight seen as a matrix."""
+        if self.is_lowrank(slot):
+            u, _, vh = self.factors(slot)
+            return u.shape[0], vh.shape[1]
+        m, n = self.to_matrix(self.dense_weight(slot)).shape
+        return m, n
+
+
+def _refreeze(u: Tensor, vh: Tensor, layer: str) -> None:
+    """Whoever calls `model.requires_grad_(True)` means the weights, not the frozen bases."""
+    warnings.warn(
+        f"the frozen factors u and vh of a {layer} had been set to require gradients; they are frozen again. "
+        "Only sigma is trained; to train the whole weight, convert back with hpclr.lowrank.densify(model).",
+        LowRankWarning,
+        stacklevel=4,
+    )
+    for factor in (u, vh):
+        factor.requires_grad_(False)
+        factor.grad = None
+
+
+def _replace_by_factors(state: dict[str, Any], prefix: str, slot: Slot, parts: SVD) -> None:
+    weight = state.pop(prefix + slot.weight)
+    values = (parts.u, torch.diag(parts.s), parts.vh)
+    state.update({prefix + name: value.to(weight.dtype) for name, value in zip(slot.names, values, strict=True)})
+
+
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Gives a Parameter other contents of any shape, keeping its identity.
+
+    A graph of an earlier step that is still referenced (a `loss` variable, usually) keeps the parameter's
+    gradient accumulator alive, which remembers the old shape and would refuse the new gradient. A change of
+    type on the way makes torch forget it.
+    """
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
+    parameter.grad = None
+
+
+def install(layer: LowRankModule, slot: Slot, u: Tensor, sigma: Tensor, vh: Tensor) -> nn.Parameter:
+    """Puts factors (or other factors) into a slot; returns the Parameter that is trained."""
+    u_name, sigma_name, vh_name = slot.names
+    if layer.is_lowrank(slot):
+        trained = layer._parameters[sigma_name]
+        for name, value in ((u_name, u), (vh_name, vh)):
+            frozen = layer._parameters[name]
+            assert frozen is not None
+            replace_data(frozen, value)
+    else:
+        trained = layer._parameters[slot.weight]
+        assert trained is not None
+        frozen_u, frozen_vh = (nn.Parameter(value, requires_grad=False) for value in (u, vh))
+        _rename(layer, {slot.weight: {u_name: frozen_u, sigma_name: trained, vh_name: frozen_vh}})
+    assert trained is not None
+    replace_data(trained, sigma)
+    return trained
+
+
+def uninstall(layer: LowRankModule, slot: Slot) -> None:
+    """Makes a slot dense again; its Parameter holds the product."""
+    u_name, sigma_name, vh_name = slot.names
+    trained = layer._parameters[sigma_name]
+    assert trained is not None
+    with torch.no_grad():
+        weight = layer.dense_weight(slot).contiguous()
+    _rename(layer, {u_name: {}, sigma_name: {slot.weight: trained}, vh_name: {}})
+    replace_data(trained, weight)
+
+
+def _rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> None:
+    """Replaces parameters by others in their very places: the order of `parameters()` is part of a contract."""
+    entries: dict[str, nn.Parameter | None] = {}
+    for name, parameter in layer._parameters.items():
+        entries.update(changes.get(name, {name: parameter}))
+    layer._parameters.clear()
+    layer._parameters.update(entries)
+
+
+def _empty_layer(dense_class: type[nn.Module]) -> nn.Module:
+    """For pickle and copy: a converted layer whose contents are yet to come."""
+    from hpclr.lowrank.kinds import lowrank_class
+
+    cls = lowrank_class(dense_class)
+    return cls.__new__(cls)
+
+
+def _weight_property(slot: Slot) -> property:
+    def read(self: LowRankModule) -> Tensor:
+        return self.dense_weight(slot)
+
+    return property(read, doc=f"The dense {slot.weight}, rebuilt from its factors where it has been converted.")
+
+
+@cache
+def make_class(mixin: Any, dense_class: Any) -> type[LowRankModule]:
+    """The low-rank subclass of a layer class; made once, so that equal layers have equal classes."""
+    body: dict[str, Any] = {slot.weight: _weight_property(slot) for slot in mixin.slots}
+    body.update(
+        dense_class=dense_class,
+        __module__=mixin.__module__,
+        __doc__=f"{dense_class.__name__} with factored weights.",
+    )
+    return type(f"LowRank{dense_class.__name__}", (mixin, dense_class), body)
+
+
+def lowrank_modules(model: nn.Module) -> Iterator[tuple[str, LowRankModule]]:
+    """Every converted layer of a model with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankModule):
+            yield name, module

@@ -1,0 +1,151 @@
+"""What follows a parameter through a change of basis: gradients, optimiser state, averages of weights.
+
+When W = U Σ Vᵀ takes the place of W, or Σ is re-factorised as U' Σ' V'ᵀ, the gradient with regard to the new
+core is Lᵀ G R, with L = U and R = V (or U' and V'). State that is linear in gradients or weights follows exactly
+by the same rule. State made of squared gradients has no exact image; the entry-wise squares of L and R carry it:
+(L∘L)ᵀ v (R∘R) is what independent entries would give, a weighted mean of v, and never negative.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpclr.lowrank.factors import LowRankWarning, working_dtype
+
+
+def _as_it_is(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+@dataclass(frozen=True)
+class BasisChange:
+    """One change of what a parameter means; handed to whoever follows the parameters.
+
+    Attributes:
+        name: the layer.
+        parameter: the Parameter whose contents and shape have changed (its identity has not).
+        left: L, old rows × new rank, orthonormal columns.
+        right: R, old columns × new rank, orthonormal columns.
+        to_matrix: the m×n view of anything shaped like the old parameter.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    left: Tensor
+    right: Tensor
+    to_matrix: Callable[[Tensor], Tensor] = _as_it_is
+
+    def linear(self, state: Tensor) -> Tensor:
+        """Lᵀ X R for state linear in the gradient or the weight; shaped like the old parameter."""
+        return self._sandwich(state, self.left, self.right)
+
+    def squared(self, state: Tensor) -> Tensor:
+        """(L∘L)ᵀ X (R∘R) for state made of squared gradients."""
+        return self._sandwich(state, self.left.square(), self.right.square())
+
+    def magnitude(self, state: Tensor) -> Tensor:
+        """For non-negative state of the gradient's own unit: its square follows the squares."""
+        return self.squared(state.square()).sqrt()
+
+    def _sandwich(self, state: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        dtype = working_dtype(state.dtype)
+        left, right = (t.to(state.device, dtype) for t in (left, right))
+        return (left.mT @ self.to_matrix(state).to(dtype) @ right).to(state.dtype)
+
+
+Rule = Callable[[BasisChange, Tensor], Tensor]
+
+# The names under which optimisers keep state shaped like the parameter, and how each follows.
+STATE_RULES: Mapping[str, Rule] = {
+    "momentum_buffer": BasisChange.linear,  # SGD, RMSprop, Muon
+    "exp_avg": BasisChange.linear,  # Adam and relatives, Lion
+    "grad_avg": BasisChange.linear,  # RMSprop, centred
+    "prev": BasisChange.linear,  # Rprop: the last gradient
+    "ax": BasisChange.linear,  # ASGD: the averaged weight
+    "exp_avg_sq": BasisChange.squared,  # Adam and relatives
+    "max_exp_avg_sq": BasisChange.squared,  # AMSGrad
+    "square_avg": BasisChange.squared,  # RMSprop, Adadelta
+    "acc_delta": BasisChange.squared,  # Adadelta: squared updates
+    "sum": BasisChange.squared,  # Adagrad
+    "exp_inf": BasisChange.magnitude,  # Adamax
+    "step_size": BasisChange.magnitude,  # Rprop
+}
+
+
+def carry(optimizer: Optimizer, change: BasisChange, old_shape: torch.Size, old_grad: Tensor | None) -> None:
+    """Takes a parameter's gradient and optimiser state through a change of basis.
+
+    Args:
+        optimizer: holds state for `change.parameter`, or none yet.
+        change: what has happened to the parameter.
+        old_shape: the parameter's shape before.
+        old_grad: its gradient before, if it had one; the new gradient is set from it.
+    """
+    if old_grad is not None:
+        change.parameter.grad = change.linear(old_grad).to(change.parameter.dtype)
+    state = optimizer.state.get(change.parameter)
+    if not state:
+        return
+    unknown = [key for key, value in state.items() if _unknown(key, value, old_shape)]
+    if unknown:
+        _reset(optimizer, change, unknown)
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() and value.shape == old_shape and key in STATE_RULES:
+            state[key] = STATE_RULES[key](change, value)
+
+
+def _unknown(key: str, value: Any, old_shape: torch.Size) -> bool:
+    """State that no rule covers: neither a number nor shaped like the parameter under a known name."""
+    if not isinstance(value, Tensor) or (value.ndim == 0 and len(old_shape) > 0):
+        return False
+    return key not in STATE_RULES or value.shape != old_shape
+
+
+def _reset(optimizer: Optimizer, change: BasisChange, unknown: list[str]) -> None:
+    """The whole state of the parameter: optimisers initialise state that is absent, not state that is partial."""
+    optimizer.state.pop(change.parameter)
+    keys = ", ".join(f"'{key}'" for key in unknown)
+    warnings.warn(
+        f"{type(optimizer).__name__} keeps state {keys} for layer '{change.name}', of a kind that hpclr cannot carry "
+        "through a change of basis; that layer's optimiser state starts anew. "
+        "hpclr.lowrank.moments.STATE_RULES takes a rule for it.",
+        LowRankWarning,
+        stacklevel=3,
+    )
+
+
+def check_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuses, before training, an optimiser that cannot follow a change of basis.
+
+    Args:
+        optimizer: what the user passed.
+        parameters: layer name → the parameter it must hold.
+
+    Raises:
+        TypeError: not a torch optimiser, or one without per-parameter dense state (LBFGS, SparseAdam).
+        ValueError: it does not hold all of the parameters.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}; "
+            "if it wraps one, pass the optimiser inside"
+        )
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot follow a change of basis: its state is not dense and per parameter. "
+            "Use SGD, Adam, AdamW, RMSprop, Adagrad or another optimiser with per-parameter state."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    if missing:
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise ValueError(
+            f"the optimiser does not hold the weights of {len(missing)} of the {len(parameters)} layers to be "
+            f"converted ({shown}); make it from this model's parameters, or leave those layers out with exclude="
+        )

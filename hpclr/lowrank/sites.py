@@ -1,0 +1,253 @@
+"""The places in a model where a weight matrix lives, and which of them may become low-rank."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from hpclr.lowrank.factors import SVD, svd
+from hpclr.lowrank.kinds import kind_of, lowrank_class, slots_of
+from hpclr.lowrank.layers import LowRankModule, Slot, install, uninstall
+from hpclr.lowrank.product import Factors
+
+DEFAULT_MAX_ASPECT = 10.0
+
+
+@dataclass(eq=False)
+class WeightSite:
+    """One weight matrix of a model, dense or factored."""
+
+    name: str  # what users call it: the module's name; `.in_proj` and the like added for attention
+    path: str  # the module's name in the model, "" for the model itself
+    module: nn.Module
+    slot: Slot
+
+    def key(self, parameter: str) -> str:
+        """The name in the model's state dict of one of the module's parameters."""
+        return f"{self.path}.{parameter}" if self.path else parameter
+
+    @property
+    def is_lowrank(self) -> bool:
+        """Whether the weight is held as factors."""
+        return isinstance(self.module, LowRankModule) and self.module.is_lowrank(self.slot)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The trained Parameter: the dense weight, or Σ. One and the same object through all conversions."""
+        key = self.slot.names[1] if self.is_lowrank else self.slot.weight
+        parameter = self.module._parameters[key]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def factors(self) -> Factors:
+        """U, Σ, Vᵀ of a converted weight."""
+        return cast(LowRankModule, self.module).factors(self.slot)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the weight seen as a matrix."""
+        if self.is_lowrank:
+            return cast(LowRankModule, self.module).matrix_shape(self.slot)
+        m, n = self.to_matrix(self.parameter).shape
+        return m, n
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, else 1."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def rank(self) -> int:
+        """k of a converted weight, min(m, n) of a dense one."""
+        return self.parameter.shape[0] if self.is_lowrank else min(self.shape)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The m×n view of the dense weight or of anything shaped like it (moments, gradients)."""
+        kind = kind_of(type(self.module))
+        assert kind is not None
+        return kind.plain.to_matrix(cast(LowRankModule, self.module), weight)
+
+    def core(self) -> Tensor:
+        """What is trained, as a matrix: Σ (k×k) of a converted weight, W (m×n) of a dense one."""
+        return self.parameter.detach() if self.is_lowrank else self.to_matrix(self.parameter.detach())
+
+    def convert(self, u: Tensor, sigma: Tensor, vh: Tensor) -> None:
+        """Dense to factored, or to other factors, in the parameter's own type."""
+        if not isinstance(self.module, LowRankModule):
+            self.module.__class__ = cast(Any, lowrank_class(type(self.module)))
+        module = cast(LowRankModule, self.module)
+        like = self.parameter
+        install(
+            module,
+            self.slot,
+            *(t.to(device=like.device, dtype=like.dtype).contiguous() for t in (u, sigma, vh)),
+        )
+
+    def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
+        """Dense to the leading `rank` directions of its decomposition (all of them if None)."""
+        u, s, vh = parts or svd(self.core())
+        k = s.numel() if rank is None else rank
+        self.convert(u[:, :k], torch.diag(s[:k]), vh[:k])
+
+    def densify(self) -> None:
+        """Factored to dense, and the module to its own class once nothing in it is factored."""
+        module = cast(LowRankModule, self.module)
+        uninstall(module, self.slot)
+        if not any(module.is_lowrank(slot) for slot in module.slots):
+            module.__class__ = cast(Any, module.dense_class)
+
+
+@dataclass
+class Selection:
+    """Which weights of a model may be converted, and why the others may not."""
+
+    eligible: list[WeightSite] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)  # layer name → reason, in registration order
+    order: list[str] = field(default_factory=list)  # every layer that holds parameters
+
+
+def select(
+    model: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    max_aspect: float = float("inf"),
+    keep_first: bool = False,
+    keep_last: bool = False,
+) -> Selection:
+    """Finds the weights that may become low-rank, in registration order.
+
+    Args:
+        model: any module; weights already factored count as eligible.
+        include: patterns of layer names (`*` and `?`); None means all.
+        exclude: patterns of layer names to leave alone.
+        max_aspect: leave weights alone whose max(m, n)/min(m, n) is this or more.
+        keep_first: leave the first layer of an eligible type alone, whatever its shape.
+        keep_last: leave the last layer of an eligible type alone (the head), whatever its shape.
+
+    Raises:
+        ValueError: if a pattern matches no layer.
+    """
+    selection = Selection()
+    shared = _shared_storage(model)
+    candidates = list(_sites(model, selection))
+    edges = {
+        site.name for keep, site in zip((keep_first, keep_last), candidates[:1] + candidates[-1:], strict=False) if keep
+    }
+    _check_patterns([*(include or ()), *exclude], selection.order)
+    for site in candidates:
+        reason = _reason_against(site, shared, include, exclude, max_aspect)
+        if reason is None and site.name in edges:
+            reason = "kept dense as the first or last layer (keep_first, keep_last)"
+        if reason is None:
+            selection.eligible.append(site)
+        else:
+            selection.left_alone[site.name] = reason
+    return selection
+
+
+def _sites(model: nn.Module, selection: Selection) -> Iterator[WeightSite]:
+    """Every weight of an eligible kind; other layers with parameters go into the selection with the reason."""
+    for name, module in model.named_modules():
+        found = [slot for slot in slots_of(module) if _holds(module, slot)]
+        for slot in found:
+            stem = slot.stem.rstrip("_")
+            site_name = ".".join(filter(None, (name, stem))) or _class_name(module)
+            selection.order.append(site_name)
+            yield WeightSite(site_name, name, module, slot)
+        if not found and module._parameters:
+            selection.order.append(name or _class_name(module))
+            selection.left_alone[selection.order[-1]] = _why_no_site(module)
+
+
+def _class_name(module: nn.Module) -> str:
+    cls = module.dense_class if isinstance(module, LowRankModule) else type(module)
+    return cls.__name__
+
+
+def _holds(module: nn.Module, slot: Slot) -> bool:
+    if isinstance(module, LowRankModule) and module.is_lowrank(slot):
+        return True
+    return module._parameters.get(slot.weight) is not None
+
+
+def _why_no_site(module: nn.Module) -> str:
+    if slots_of(module):
+        return "its weight is computed from other parameters (parametrised, weight or spectral norm, pruning)"
+    return f"{type(module).__name__} has no low-rank form"
+
+
+def _reason_against(
+    site: WeightSite,
+    shared: Counter[int],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    max_aspect: float,
+) -> str | None:
+    """Why a weight is to be left alone; None if it is not."""
+    if include is not None and not _matches(site.name, include):
+        return "not among the names to include"
+    if _matches(site.name, exclude):
+        return "excluded by name"
+    if site.is_lowrank:
+        return None
+    weight = site.parameter
+    return _unsuitable(site.module, weight) or _unwanted(site, weight, shared, max_aspect)
+
+
+def _unsuitable(module: nn.Module, weight: nn.Parameter) -> str | None:
+    if parametrize.is_parametrized(module):
+        return "parametrised: its weight is computed from other parameters"
+    if is_lazy(weight):
+        return "lazy: its shape is not known yet; run one batch through the model first"
+    cls: Any = type(weight)
+    if cls is not nn.Parameter:
+        return f"its weight is a {cls.__name__}, not a plain Parameter"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not real floating point"
+    return None
+
+
+def _unwanted(site: WeightSite, weight: nn.Parameter, shared: Counter[int], max_aspect: float) -> str | None:
+    if shared[weight.data_ptr()] > 1:
+        return "tied: its weight is shared with another layer"
+    if not weight.requires_grad:
+        return "frozen: its weight does not require gradients"
+    m, n = site.shape
+    if min(m, n) == 0:
+        return f"empty: its weight is {m}×{n}"
+    if max(m, n) >= max_aspect * min(m, n):
+        return f"its weight is {m}×{n}, of aspect ratio {max(m, n) / min(m, n):.3g} ≥ {max_aspect:g} (max_aspect)"
+    return None
+
+
+def _shared_storage(model: nn.Module) -> Counter[int]:
+    """How many parameter names point to the same memory; modules that appear under two names count once."""
+    counts: Counter[int] = Counter()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter) and parameter.numel() and not parameter.is_meta:
+                counts[parameter.data_ptr()] += 1
+    return counts
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+            raise ValueError(
+                f"the pattern '{pattern}' (include or exclude) matches no layer of the model; its layers are {known}"
+            )

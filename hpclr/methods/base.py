@@ -1,0 +1,75 @@
+"""The face that every method shows to a training loop."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpclr.lowrank import BasisChange
+
+ChangeHook = Callable[[BasisChange], None]
+
+
+class Method(ABC):
+    """A way of training low-rank networks: when and how the weights change form."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Does what the optimiser steps taken so far make due; call it once after each of them."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """A term to add to the loss; zero where the method has none."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> dict[str, int]:
+        """Layer name → rank."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly: plain values and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a state back; first of all states (before the model's and the optimiser's)."""
+
+    def on_change(self, hook: ChangeHook) -> None:
+        """Has `hook` called with every later change of basis; for averages and whoever else follows the parameters."""
+        raise NotImplementedError
+
+
+class Dense(Method):
+    """Ordinary training, the baseline: nothing changes form."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def step(self) -> None:
+        """Nothing is ever due."""
+
+    def penalty(self) -> Tensor:
+        """Zero."""
+        return no_penalty(self._model)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """No layer is low-rank."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to take back."""
+
+    def on_change(self, hook: ChangeHook) -> None:
+        """Nothing ever changes."""
+
+
+def no_penalty(model: nn.Module) -> Tensor:
+    """A zero on the model's device."""
+    return torch.zeros((), device=next(model.parameters()).device)

@@ -1,0 +1,290 @@
+"""OIALR: Orthogonality-Informed Adaptive Low-Rank training (Coquelin et al., arXiv 2401.08505).
+
+The orthogonal basis U Vᵀ of a network's weights settles early in training. From then on the basis of a layer is
+frozen and only its mixing is trained, a small dense Σ whose rank keeps shrinking:
+
+    step < delay         W                     all of it trained (full rank)
+    step = delay         W = U Σ Vᵀ            Σ = diag(singular values) becomes what is trained; nothing is cut
+    delay + j·every      Σ = U' Σ' V'ᵀ         for the last ⌈j·ℓ·L⌉ of the L layers, j = 1, 2, …:
+                         U ← U U', V ← V V'    the basis absorbs the rotation,
+                         Σ ← Σ'[:k, :k]        and directions below β·σ₁ are cut; the rank never grows back
+
+Gradients and the optimiser's moments are rotated with the basis (`lowrank.moments`), so that training goes on
+as if nothing had happened but the cut. Steps are those the optimiser has really taken.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpclr.lowrank import BasisChange, RankRule, WeightSite, rank_rule, select
+from hpclr.lowrank.convert import set_rank
+from hpclr.lowrank.factors import SVD, FactorizationError, svd
+from hpclr.lowrank.moments import carry, check_optimizer
+from hpclr.lowrank.product import pays
+from hpclr.methods.base import ChangeHook, Method, no_penalty
+from hpclr.methods.checks import check_model, check_settings
+from hpclr.methods.placement import Here, Outcome, Placement
+from hpclr.methods.schedule import CheckSchedule, exact, in_steps
+from hpclr.methods.stability import StabilityTracker
+from hpclr.methods.steps import OptimizerSteps
+
+
+class OIALR(Method):
+    """Trains a model with OIALR inside any training loop.
+
+        oialr = OIALR(model, optimizer, delay=1000, every=500)
+        ...
+        optimizer.step()
+        optimizer.zero_grad()
+        oialr.step()
+
+    Args:
+        model: any module; its layers are converted in place.
+        optimizer: holds the model's parameters; its state is carried through every change of basis.
+        delay: optimiser steps of full-rank training, or (below 1) a fraction of the run.
+        every: optimiser steps between checks, or a fraction of the run.
+        cutoff: β, directions with σ < β·σ₁ are cut; or a rank rule (`hpclr.lowrank.rank_rule`).
+        layer_fraction: ℓ, by how large a share of the layers each check reaches further towards the input.
+        max_cut: the largest share of a converted layer's rank that one check may remove.
+        min_rank: no rank falls below max(1, ⌈min_rank·min(m, n)⌉).
+        max_aspect: weights with max(m, n)/min(m, n) of this or more stay dense.
+        keep_first: keep the first layer of an eligible type dense.
+        keep_last: keep the last one (the head) dense.
+        include: patterns (`*`, `?`) of the names of layers to convert; None means all.
+        exclude: patterns of the names of layers to keep dense.
+        freeze: "schedule", all layers at `delay`; or "stable", each when its basis settled, at `delay` at the latest.
+        stability_threshold: the stability between checks that counts as settled, if reached twice in a row.
+        convert: "at_delay", or "when_it_pays": a layer is converted, and cut, at the first check that covers it and
+            finds its rank so low that factors are no larger and no slower than the dense weight; else that trains.
+        sigma_lr: a factor on the learning rate of Σ.
+        total_steps: the length of the run; needed if `delay` or `every` are fractions of it.
+        placement: which process examines which layer; None means this one, all of them.
+
+    Attributes:
+        steps: optimiser steps taken so far.
+        failures: how often a layer could not be decomposed (it then keeps its basis).
+        report: layer name → why it stays dense.
+
+    Raises:
+        ValueError: for a setting out of range, a pattern that matches nothing, a model without eligible layers,
+            an optimiser that does not hold the model's parameters.
+        TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        delay: float,
+        every: float,
+        cutoff: float | Mapping[str, Any] | RankRule = 0.1,
+        layer_fraction: float = 0.1,
+        max_cut: float = 0.5,
+        min_rank: float = 0.01,
+        max_aspect: float = 10.0,
+        keep_first: bool = False,
+        keep_last: bool = True,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        freeze: Literal["schedule", "stable"] = "schedule",
+        stability_threshold: float = 0.99,
+        convert: Literal["at_delay", "when_it_pays"] = "at_delay",
+        sigma_lr: float = 1.0,
+        total_steps: int | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        check_settings(
+            every,
+            layer_fraction,
+            max_cut,
+            min_rank,
+            max_aspect,
+            freeze,
+            stability_threshold,
+            convert,
+            sigma_lr,
+        )
+        self._model = check_model(model)
+        chosen = select(
+            self._model,
+            include=include,
+            exclude=exclude,
+            max_aspect=max_aspect,
+            keep_first=keep_first,
+            keep_last=keep_last,
+        )
+        self._sites = {site.name: site for site in chosen.eligible}
+        self.report = chosen.left_alone
+        if not self._sites:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(self.report.items())[:5])
+            raise ValueError(f"the model has no layer that OIALR can convert ({reasons or 'it has no parameters'})")
+        check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
+        self._optimizer = optimizer
+        self._rule = rank_rule(cutoff)
+        self._schedule = CheckSchedule(
+            in_steps("delay", delay, total_steps), in_steps("every", every, total_steps), layer_fraction
+        )
+        self._max_cut, self._min_rank = exact(max_cut), exact(min_rank)
+        self._when_stable, self._when_it_pays = freeze == "stable", convert == "when_it_pays"
+        self._placement = placement or Here()
+        self._hooks: list[ChangeHook] = []
+        self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr)
+        self._tracker = StabilityTracker(stability_threshold)
+        self._watched = {site.name: site.rank for site in chosen.eligible}
+        self.failures = 0
+        self._begin()
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken so far."""
+        return self._counter.taken
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer name → rank: of its Σ once it is converted, until then what the rule would keep."""
+        return {name: site.rank if site.is_lowrank else self._watched[name] for name, site in self._sites.items()}
+
+    @property
+    def frozen(self) -> dict[str, bool]:
+        """Layer name → whether its basis is frozen, that is, whether it has been converted."""
+        return {name: site.is_lowrank for name, site in self._sites.items()}
+
+    @property
+    def stability(self) -> dict[str, float]:
+        """Layer name → stability of its basis over the last two checks; layers not yet measured are absent."""
+        return dict(self._tracker.last)
+
+    def penalty(self) -> Tensor:
+        """OIALR adds nothing to the loss."""
+        return no_penalty(self._model)
+
+    def on_change(self, hook: ChangeHook) -> None:
+        """Has `hook` called with every later change of basis."""
+        self._hooks.append(hook)
+
+    def step(self) -> None:
+        """Converts, measures and cuts when a check is due; costs nothing when none is."""
+        j = self._schedule.latest(self._counter.taken)
+        if j > self._last_check:
+            self._check(j)
+
+    def _begin(self) -> None:
+        """The bases at the start, which the first check compares with."""
+        self._last_check = self._schedule.latest(0)
+        if self._schedule.delay == 0:
+            self._check(0)
+            return
+        for site in self._sites.values():
+            try:
+                self._tracker.remember(site, svd(site.core()))
+            except FactorizationError as error:
+                raise ValueError(f"layer '{site.name}': {error}") from error
+
+    @torch.no_grad()
+    def _check(self, j: int) -> None:
+        """Check j: every layer is examined, by whichever process; every process applies the outcomes."""
+        self._last_check = j
+        names = list(self._sites)
+        covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
+        costs = {name: float(site.rank**2 * max(site.core().shape)) for name, site in self._sites.items()}
+        outcomes = self._placement.share(costs, lambda name: self._examine(self._sites[name], j, name in covered))
+        for name, outcome in outcomes.items():
+            self._apply(self._sites[name], outcome)
+
+    def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
+        try:
+            basis = svd(site.core())
+        except FactorizationError:
+            return Outcome(site.rank, None, None, failed=True)
+        stability = self._tracker.measure(site, basis)
+        rank = self._rank(site, basis)
+        if site.is_lowrank:
+            keep = self._cut(site, rank) if covered else None
+        else:
+            settled = self._when_stable and self._tracker.settles(site.name, stability)
+            keep = self._converted_rank(site, rank, due=j >= 0, covered=covered, settled=settled)
+        return Outcome(
+            rank, stability, None if keep is None else SVD(basis.u[:, :keep], basis.s[:keep], basis.vh[:keep])
+        )
+
+    def _rank(self, site: WeightSite, basis: SVD) -> int:
+        """What the rule keeps, not below the floor."""
+        least = max(1, ceil(self._min_rank * min(site.shape)))
+        return min(site.rank, max(least, self._rule(basis.s, site.shape)))
+
+    def _cut(self, site: WeightSite, rank: int) -> int | None:
+        """The rank to which a converted layer is re-factorised; None leaves its basis as it is."""
+        rank = max(rank, ceil((1 - self._max_cut) * site.rank))
+        low_precision = torch.finfo(site.parameter.dtype).bits < 32
+        # without a cut the rotation changes nothing but rounding, of which a 16-bit basis can bear little
+        return None if low_precision and rank == site.rank else rank
+
+    def _converted_rank(self, site: WeightSite, rank: int, *, due: bool, covered: bool, settled: bool) -> int | None:
+        """The rank at which a dense layer is converted now; None leaves it dense."""
+        if not self._when_it_pays:
+            return site.rank if due or settled else None
+        return rank if (covered or settled) and pays(*site.shape, rank, groups=site.groups) else None
+
+    def _apply(self, site: WeightSite, outcome: Outcome) -> None:
+        self.failures += outcome.failed
+        self._watched[site.name] = outcome.rank
+        if outcome.stability is not None:
+            self._tracker.record(site.name, outcome.stability)
+        if outcome.basis is not None:
+            self._change_basis(site, outcome.basis)
+            self._tracker.rebase(site.name)
+
+    def _change_basis(self, site: WeightSite, basis: SVD) -> None:
+        """W or Σ = L Σ' Rᵀ: the factors, the gradient, the moments and whoever else follows, all together."""
+        left, right = basis.u, basis.vh.mT
+        old_shape, old_grad = site.parameter.shape, site.parameter.grad
+        if site.is_lowrank:
+            old = site.factors
+            change = BasisChange(site.name, site.parameter, left, right)
+            site.convert(old.u @ left.to(old.u), torch.diag(basis.s), basis.vh.to(old.vh) @ old.vh)
+        else:
+            change = BasisChange(site.name, site.parameter, left, right, site.to_matrix)
+            site.convert(basis.u, torch.diag(basis.s), basis.vh)
+        carry(self._optimizer, change, old_shape, old_grad)
+        for hook in self._hooks:
+            hook(change)
+
+    def _sigmas(self) -> list[nn.Parameter]:
+        return [site.parameter for site in self._sites.values() if site.is_lowrank]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, ranks, the position in the schedule, and what is remembered of the bases."""
+        return {
+            "steps": self.steps,
+            "last_check": self._last_check,
+            "failures": self.failures,
+            "ranks": {name: site.rank for name, site in self._sites.items() if site.is_lowrank},
+            "watched": dict(self._watched),
+            "stability": self._tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a state back and gives the layers the ranks they had.
+
+        Load this first, then the model's state dict, then the optimiser's.
+
+        Raises:
+            ValueError: if the state belongs to another model; names the first layers that differ.
+        """
+        differing = sorted(set(state["watched"]) ^ set(self._sites))[:3]
+        if differing:
+            raise ValueError(
+                f"the saved state is of another model or other settings: layers {', '.join(differing)} differ"
+            )
+        for name, rank in state["ranks"].items():
+            set_rank(self._sites[name], int(rank))
+        self._counter.taken = int(state["steps"])
+        self._last_check, self.failures = int(state["last_check"]), int(state["failures"])
+        self._watched = {name: int(rank) for name, rank in state["watched"].items()}
+        self._tracker.load_state_dict(state["stability"])

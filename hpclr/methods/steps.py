@@ -1,0 +1,43 @@
+"""Watching an optimiser: how many steps it has really taken, and how large those of Σ are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class OptimizerSteps:
+    """Counts the steps that an optimiser really takes, and scales those of some parameters.
+
+    A gradient scaler that finds infinite gradients does not call `step`, or (fused optimisers) calls it with
+    `found_inf` set; neither is a step. Evaluation and accumulation do not come here at all.
+
+    Args:
+        optimizer: the optimiser to watch.
+        scaled: the parameters whose every update is multiplied by `factor`, asked anew at each step.
+        factor: 1.0 leaves the updates as they are. For optimisers whose update is proportional to the learning
+            rate this is a factor on it, for these parameters alone and under any schedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, scaled: Callable[[], Sequence[nn.Parameter]], factor: float) -> None:
+        self.taken = 0
+        self._scaled, self._factor = scaled, factor
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        if factor != 1.0:
+            optimizer.register_step_pre_hook(self._remember)
+        optimizer.register_step_post_hook(self._after)
+
+    def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._before = [(p, p.detach().clone()) for p in self._scaled() if p.grad is not None]
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self.taken += 1
+        for parameter, before in self._before:
+            parameter.copy_(before + self._factor * (parameter - before))
+        self._before = []
