@@ -13,7 +13,13 @@ ChangeHook = Callable[[BasisChange], None]
 
 
 class Method(ABC):
-    """A way of training low-rank networks: when and how the weights change form."""
+    """A way of training low-rank networks: when and how the weights change form.
+
+    Attributes:
+        checks: how many checks this object has made; a loop sees by it that there is something to record.
+    """
+
+    checks = 0
 
     @abstractmethod
     def step(self) -> None:

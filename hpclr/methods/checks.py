@@ -18,7 +18,7 @@ def check_settings(
     """Raises ValueError for the first of OIALR's settings that is out of range."""
     _require(every > 0, "every", every, "a number above 0")
     _require(0 < layer_fraction <= 1, "layer_fraction", layer_fraction, "a number in (0, 1]")
-    _require(0 <= max_cut < 1, "max_cut", max_cut, "a number in [0, 1)")
+    _require(0 <= max_cut <= 1, "max_cut", max_cut, "a number in [0, 1]")
     _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
     _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
     _require(freeze in ("schedule", "stable"), "freeze", freeze, "'schedule' or 'stable'")

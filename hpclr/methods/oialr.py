@@ -146,6 +146,11 @@ class OIALR(Method):
         return self._counter.taken
 
     @property
+    def delay(self) -> int:
+        """The step of conversion."""
+        return self._schedule.delay
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Layer name → rank: of its Σ once it is converted, until then what the rule would keep."""
         return {name: site.rank if site.is_lowrank else self._watched[name] for name, site in self._sites.items()}
@@ -190,6 +195,7 @@ class OIALR(Method):
     def _check(self, j: int) -> None:
         """Check j: every layer is examined, by whichever process; every process applies the outcomes."""
         self._last_check = j
+        self.checks += 1
         names = list(self._sites)
         covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
         costs = {name: float(site.rank**2 * max(site.core().shape)) for name, site in self._sites.items()}

@@ -1,0 +1,60 @@
+"""A multilayer perceptron on flattened samples."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hpclr.models.common import check_dropout, check_whole
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation and dropout between them, initialised as torch does.
+
+    Args:
+        sample_shape: shape of one sample, whatever its dimensions.
+        classes: number of logits.
+        hidden: widths of the hidden layers, first to last; none makes a linear classifier.
+        activation: relu, gelu or tanh.
+        dropout: probability of dropping a hidden unit.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        sample_shape: tuple[int, ...],
+        classes: int,
+        *,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(sample_shape, classes, hidden, activation, dropout)
+        widths = [math.prod(sample_shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (batch, classes) for samples (batch, *sample_shape)."""
+        logits: Tensor = self.head(self.layers(x))
+        return logits
+
+
+def _check(sample_shape: tuple[int, ...], classes: int, hidden: Sequence[int], activation: str, dropout: float) -> None:
+    """Raise ValueError for an argument out of its range."""
+    if not sample_shape or min(sample_shape) < 1:
+        raise ValueError(f"mlp: samples must have at least one value, found shape {tuple(sample_shape)}.")
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise ValueError(f"mlp: hidden must be a list of widths such as [256, 256], found {hidden!r}.")
+    check_whole("mlp", classes=classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}.")
+    check_dropout("mlp", dropout)

@@ -1,0 +1,202 @@
+"""From a run file to the objects that train; whatever is wrong with it is found here, before anything is written."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpclr import models
+from hpclr.config import RunFile
+from hpclr.config.schema import Dense as DenseSection
+from hpclr.config.schema import Oialr, Target
+from hpclr.data import Augment, Dataset, Loader, open_dataset
+from hpclr.errors import UsageError
+from hpclr.lowrank import EMA
+from hpclr.methods import OIALR, Dense, Method
+from hpclr.training.environment import choose_device, seed_everything, use_threads
+from hpclr.training.optimizers import build_optimizer
+from hpclr.training.precision import Precision
+from hpclr.training.schedules import LearningRate, learning_rate
+from hpclr.training.tasks import Classification
+
+
+@dataclass
+class Assembly:
+    """Everything that a run trains with."""
+
+    run: RunFile
+    device: torch.device
+    threads: int
+    dataset: Dataset
+    loader: Loader
+    valid: Loader | None
+    test: Loader | None
+    model: nn.Module
+    optimizer: Optimizer
+    method: Method
+    task: Classification
+    precision: Precision
+    ema: EMA | None
+    learning_rate: LearningRate
+    total_steps: int
+
+    def example(self) -> Tensor:
+        """An input batch as the model gets it, for counting operations."""
+        loader = self.test or self.loader
+        x: Tensor = loader.batch(0, 0).x.to(self.device)
+        return x
+
+
+def assemble(run: RunFile) -> Assembly:
+    """Builds model, data, optimiser and method of a run.
+
+    Raises:
+        UsageError: for everything in the run file or the data that cannot work.
+    """
+    device, threads = _usage("train", choose_device, run.train.device), use_threads(run.train.threads)
+    dataset = open_dataset(Path(run.data.path))
+    _check_task(dataset)
+    precision = Precision(run.train.precision, device)
+    loader, valid, test = _loaders(run, dataset, precision.dtype)
+    _check_validation(run, valid)
+    total = run.train.steps or (run.train.epochs or 0) * len(loader)
+    model = build_model(run, dataset, loader).to(device, precision.dtype)
+    optimizer = build_optimizer(run.optimizer, model.parameters())
+    method = _usage("method", build_method, run, model, optimizer, total)
+    ema = EMA(model, run.train.ema) if run.train.ema is not None else None
+    if ema is not None:
+        method.on_change(ema.follow)
+    rate = learning_rate(run.schedule, run.optimizer.lr, total)
+    task = Classification(run.train.label_smoothing)
+    return Assembly(
+        run, device, threads, dataset, loader, valid, test, model, optimizer, method, task, precision, ema, rate, total
+    )
+
+
+def _usage(section: str, build: Callable[..., Any], *arguments: Any) -> Any:
+    """The rooms below speak of their arguments; here it is known which section of the run file those are."""
+    try:
+        return build(*arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{section}: {error}") from error
+
+
+def _check_task(dataset: Dataset) -> None:
+    if dataset.task != "classification":
+        raise UsageError(
+            f"{dataset.path}: its task is {dataset.task}; this version trains classification only. "
+            "`hpclr data inspect FILE` shows what a file holds."
+        )
+
+
+def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader, Loader | None, Loader | None]:
+    data, seed = run.data, run.train.seed
+    augment = Augment(flip=data.flip, crop=data.crop) if data.flip or data.crop else None
+    loader = Loader(
+        dataset,
+        "train",
+        data.batch_size,
+        seed,
+        shuffle=True,
+        augment=augment,
+        mixup=data.mixup,
+        in_memory=data.in_memory,
+        dtype=dtype,
+    )
+
+    def held_out(split: str) -> Loader | None:
+        if split not in dataset.sizes:
+            return None
+        size = min(max(data.batch_size, 256), dataset.sizes[split])
+        return Loader(dataset, split, size, seed, shuffle=False, in_memory=data.in_memory, dtype=dtype)
+
+    return loader, held_out("valid"), held_out("test")
+
+
+def _check_validation(run: RunFile, valid: Loader | None) -> None:
+    if valid is None and run.validation.patience is not None:
+        raise UsageError(
+            f"validation.patience asks for early stopping, but {run.data.path} has no validation split; prepare the data "
+            "with --valid-fraction, or take validation.patience out"
+        )
+
+
+def build_model(run: RunFile, dataset: Dataset, loader: Loader | None = None) -> nn.Module:
+    """The model of a run file with its initial weights, which depend on the seed alone.
+
+    A `target:` is imported and called: only for run files of the user's own, or with their word for it.
+    """
+    seed_everything(run.train.seed)
+    section = run.model
+    if isinstance(section, Target):
+        return import_target(section)
+    options = msgspec.structs.asdict(section)
+    name = options.pop("name")
+    return _usage(
+        "model", lambda: models.build(name, sample_shape=dataset.sample_shape, classes=len(dataset.classes), **options)
+    )
+
+
+def import_target(section: Target) -> nn.Module:
+    """Imports and calls the factory of a `target:`.
+
+    Raises:
+        UsageError: if it cannot be imported, cannot be called so, or does not return a module.
+    """
+    module_name, _, attribute = section.target.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the console script lacks what `python -m` has: the current directory
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model.target: cannot import '{section.target}': {error}") from error
+    try:
+        model = found(**section.args)
+    except TypeError as error:
+        raise UsageError(f"model.target: {section.target} cannot be called with {section.args}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model.target: {section.target} must return a torch.nn.Module, found {type(model).__name__}")
+    return model
+
+
+def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: int) -> Method:
+    """The method of a run file, bound to a model and an optimiser.
+
+    Raises:
+        ValueError: for settings that fit neither the model nor the length of the run.
+    """
+    section = run.method
+    match section:
+        case DenseSection():
+            return Dense(model)
+        case Oialr():
+            options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
+            del options["name"]
+            method = OIALR(model, optimizer, total_steps=total, **options)
+            _check_delay(section, method, total)
+            return method
+
+
+def _check_delay(section: Oialr, method: OIALR, total: int) -> None:
+    if method.delay >= total:
+        raise ValueError(
+            f"delay is {section.delay} but the run has {total} steps, so nothing would ever become low-rank; "
+            f"make it less than {total}, or a fraction of the run below 1"
+        )
+
+
+def steps_between_validations(run: RunFile, batches_per_epoch: int) -> int:
+    """The validation interval of a run in steps."""
+    if run.validation.every_steps is not None:
+        return run.validation.every_steps
+    return max(1, ceil((run.validation.every_epochs or 1.0) * batches_per_epoch))

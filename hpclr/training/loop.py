@@ -1,0 +1,219 @@
+"""The training loop and what happens around it: resuming, validating, saving, stopping."""
+
+import time
+import warnings
+from dataclasses import asdict
+from math import isfinite
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from hpclr.checkpoint import CheckpointStore
+from hpclr.data import Batch
+from hpclr.errors import StopRequestedError, TrainingDivergedError
+from hpclr.files import write_whole
+from hpclr.lowrank import summarize
+from hpclr.training.assembly import Assembly, steps_between_validations
+from hpclr.training.metrics import MetricsFile
+from hpclr.training.progress import Display
+from hpclr.training.run_directory import RunDirectory
+from hpclr.training.schedules import set_learning_rate
+from hpclr.training.state import Position, capture
+from hpclr.training.stopping import StopRequests
+from hpclr.training.tasks import Score
+
+
+class Trainer:
+    """Trains the parts of a run from a position to its end, in its directory.
+
+    Args:
+        parts: model, data, optimiser, method, as `assemble` made them or `restore` left them.
+        position: where to begin.
+        directory: exists.
+        store: the run's checkpoints.
+        shown: where progress goes.
+    """
+
+    def __init__(
+        self, parts: Assembly, position: Position, directory: RunDirectory, store: CheckpointStore, shown: Display
+    ) -> None:
+        self.parts, self.position, self.directory, self.store, self.shown = parts, position, directory, store, shown
+        self.metrics = MetricsFile(directory.metrics)
+        self.stop = StopRequests()
+        self._validate_every = steps_between_validations(parts.run, len(parts.loader))
+        self._clock = time.monotonic()
+        self._saved_at: int | None = None
+
+    def train(self) -> None:
+        """Trains until the last step, early stopping, or a request to stop.
+
+        Raises:
+            StopRequestedError: after saving, if a signal asked for it.
+            TrainingDivergedError: if the loss is no longer finite.
+            RetryableError: if a checkpoint cannot be written.
+        """
+        self.parts.model.train()
+        with self.stop.listening():
+            if self.position.step == 0:
+                self._save()  # a full disk or a missing permission shows now, not after an hour
+            while not self._at_end():
+                loss = self._take_step()
+                self._adapt()
+                self._validate_if_due()
+                self._save_if_due()
+                self.shown.step(self.position.step, loss)
+                if self.stop.reason:
+                    self._leave()
+        self._finish()
+
+    def _at_end(self) -> bool:
+        patience = self.parts.run.validation.patience
+        tired = patience is not None and self.position.validations_since_best >= patience
+        return tired or self.position.step >= self.parts.total_steps
+
+    def _take_step(self) -> float:
+        """One optimiser step on one global batch; returns its mean loss."""
+        parts, step = self.parts, self.position.step
+        epoch, index = divmod(step, len(parts.loader))
+        rate = parts.learning_rate(step)
+        set_learning_rate(parts.optimizer, rate)
+        loss = self._accumulate(parts.loader.batch(epoch, index).to(parts.device))
+        if parts.run.train.clip_norm is not None:
+            parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
+        self._require_finite(loss, step + 1)
+        parts.precision.step(parts.optimizer)
+        parts.optimizer.zero_grad(set_to_none=True)
+        self.position.step += 1
+        self.metrics.append("train", self.position.step, epoch=epoch, loss=loss, lr=rate)
+        return loss
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Gradients of a batch, in pieces that fit in memory, each weighted by its samples."""
+        parts, total = self.parts, torch.zeros((), dtype=torch.float64)
+        for piece in batch.split(parts.run.train.micro_batch or len(batch.y)):
+            weight = len(piece.y) / len(batch.y)
+            with parts.precision.context():
+                loss: Tensor = parts.task.loss(parts.model(piece.x), piece) * weight
+            total += loss.detach().double().cpu()
+            parts.precision.backward(loss + parts.method.penalty() * weight)
+        return float(total)
+
+    def _adapt(self) -> None:
+        """What follows an optimiser step: the method's turn, then the averages'."""
+        method, checks = self.parts.method, self.parts.method.checks
+        method.step()
+        if self.parts.ema is not None:
+            self.parts.ema.update()
+        if method.checks != checks:
+            self._record_check()
+
+    def _record_check(self) -> None:
+        sizes = summarize(self.parts.model, self.parts.optimizer)
+        facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
+        self.metrics.append("check", self.position.step, **(sizes.as_dict() | {"ranks": self.parts.method.ranks} | facts))
+        self.shown.note(
+            f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "
+            f"stored {sizes.stored_share:.1%} of dense"
+        )
+
+    def _validate_if_due(self) -> None:
+        if self.parts.valid is None or self.position.step % self._validate_every:
+            return
+        score = self._score(self.parts.valid)
+        self.metrics.append("valid", self.position.step, loss=score.loss, accuracy=score.accuracy)
+        self.shown.note(
+            f"step {self.position.step}: validation accuracy {score.accuracy:.2%}, loss {score.loss:.4f}"
+        )
+        best = self.position.best_accuracy
+        if best is not None and score.accuracy <= best:
+            self.position.validations_since_best += 1
+            return
+        self.position.best_accuracy, self.position.best_step = score.accuracy, self.position.step
+        self.position.validations_since_best = 0
+        if self.parts.run.checkpoint.keep_best:
+            self._save(best=score.accuracy)
+
+    def _score(self, loader: "object") -> Score:
+        """A split's score, with averaged weights where the run keeps them."""
+        parts = self.parts
+        if parts.ema is None:
+            return parts.task.score(parts.model, loader, parts.precision)
+        with parts.ema.applied() as model:
+            return parts.task.score(model, loader, parts.precision)
+
+    def _save_if_due(self) -> None:
+        if self.position.step % self.parts.run.checkpoint.every == 0:
+            self._save()
+
+    def _save(self, best: float | None = None) -> None:
+        """A checkpoint of this step, unless this very state has just been saved."""
+        if self._saved_at == self.position.step and best is None:
+            return
+        now = time.monotonic()
+        self.position.seconds += now - self._clock
+        self._clock = now
+        _require_finite_weights(self.parts.model, self.position.step, self._last_good())
+        self.store.save(self.position.step, capture(self.parts, self.position), metric=best, best=best is not None)
+        self._saved_at = self.position.step
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not isfinite(loss):
+            raise TrainingDivergedError(
+                f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} A lower optimizer.lr, "
+                "train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
+            )
+
+    def _last_good(self) -> str:
+        steps = self.store.steps()
+        if not steps:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is that of step {max(steps)} in {self.directory.checkpoints}."
+
+    def _leave(self) -> None:
+        self._save()
+        raise StopRequestedError(
+            f"{self.stop.reason} received: the run is saved at step {self.position.step} of {self.parts.total_steps}; "
+            "the same command continues it"
+        )
+
+    def _finish(self) -> None:
+        """The last checkpoint, the test score and the summary."""
+        self.position.finished = True
+        self._saved_at = None
+        self._save()
+        parts = self.parts
+        test = self._score(parts.test) if parts.test is not None else None
+        example = parts.example()
+        sizes = summarize(parts.model, parts.optimizer, example)
+        summary = {
+            "name": parts.run.name,
+            "method": parts.run.method.name,
+            "steps": self.position.step,
+            "seconds": round(self.position.seconds, 2),
+            "test": test._asdict() if test else None,
+            "best_validation": {"accuracy": self.position.best_accuracy, "step": self.position.best_step},
+            "sizes": sizes.as_dict() | {"flops_samples": len(example)},
+            "layers": [asdict(layer) for layer in sizes.layers],
+        }
+        self.metrics.append("final", self.position.step, **summary)
+        write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+def _require_finite_weights(model: nn.Module, step: int, last_good: str) -> None:
+    """No checkpoint holds weights that are not finite."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise TrainingDivergedError(
+                f"at step {step} '{name}' is no longer finite, so the run is not saved and cannot go on. {last_good}"
+            )
+
+
+def warn_of_changed_threads(saved: int, now: int) -> None:
+    """Thread counts change the last bits of decompositions and sums."""
+    if saved != now:
+        warnings.warn(
+            f"this run was saved with {saved} threads and continues with {now}: results stay right but not equal to the "
+            "bit; train.threads sets the number",
+            stacklevel=2,
+        )

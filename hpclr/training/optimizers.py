@@ -1,0 +1,58 @@
+"""Any optimiser of torch.optim by its name, with its options checked before training."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hpclr.config.schema import Optimizer as OptimizerSection
+from hpclr.errors import UsageError
+
+NAMED_OPTIONS = ("weight_decay", "momentum", "nesterov", "betas", "eps")
+
+
+def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimiser that the run file asks for.
+
+    Raises:
+        UsageError: for an unknown name, an option that the class does not take, or a value it refuses.
+    """
+    cls = _class_named(section.name)
+    options = _options(section)
+    _check_options(cls, options)
+    try:
+        return cls([p for p in parameters if p.requires_grad], lr=section.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer: torch.optim.{cls.__name__} refuses its options: {error}") from error
+
+
+def _class_named(name: str) -> type[Optimizer]:
+    classes = {
+        cls.__name__.lower(): cls
+        for cls in vars(torch.optim).values()
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    }
+    found = classes.get(name.lower())
+    if found is None:
+        close = difflib.get_close_matches(name.lower(), classes, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise UsageError(f"optimizer.name: torch.optim has no '{name}'{hint} It has {', '.join(sorted(classes))}.")
+    return found
+
+
+def _options(section: OptimizerSection) -> dict[str, Any]:
+    named = {key: getattr(section, key) for key in NAMED_OPTIONS}
+    return {key: value for key, value in named.items() if value is not None} | section.args
+
+
+def _check_options(cls: type[Optimizer], options: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "lr")]
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"optimizer.{option}: torch.optim.{cls.__name__} has no such option; it has {', '.join(known)}"
+            )

@@ -1,0 +1,72 @@
+"""`hpclr train`: from a run file to a finished run, or on from where it stopped."""
+
+import sys
+from pathlib import Path
+
+from hpclr.checkpoint import CheckpointStore, Loaded
+from hpclr.config import RunFile
+from hpclr.errors import UsageError
+from hpclr.training.assembly import Assembly, assemble
+from hpclr.training.environment import record
+from hpclr.training.loop import Trainer, warn_of_changed_threads
+from hpclr.training.metrics import MetricsFile
+from hpclr.training.progress import display
+from hpclr.training.run_directory import RunDirectory
+from hpclr.training.state import Position, position_of, restore
+
+
+def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
+    """Trains a run, or continues it, in `runs/NAME`.
+
+    Args:
+        run: the run file.
+        runs: the directory that holds runs.
+        fresh: start over; a run that is there already is set aside, not overwritten.
+
+    Raises:
+        UsageError: for anything wrong with the run file, the data or the directory; nothing has been written then.
+        HpclrError: as `Trainer.train`.
+    """
+    directory = RunDirectory(runs / run.name)
+    if not fresh:
+        directory.check(run)
+    parts = assemble(run)
+    if fresh and (old := directory.set_aside()):
+        print(f"the run that was in {directory.path} is now in {old}", file=sys.stderr)
+    with directory.locked():
+        _train_locked(parts, directory)
+    return directory
+
+
+def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
+    store = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep)
+    saved = store.load_newest() if directory.checkpoints.is_dir() else None
+    if saved is not None and _is_finished(saved, parts) and directory.summary.exists():
+        print(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over", file=sys.stderr)
+        return
+    position = _resume(parts, saved, directory) if saved is not None else Position()
+    directory.create(parts.run, record(parts.device, parts.threads))
+    store.sweep()
+    MetricsFile(directory.metrics).rewind(position.step)
+    with display(parts.run.name, parts.total_steps, position.step) as shown:
+        if saved is not None:
+            shown.note(f"continuing from step {position.step} ({saved.path.name})")
+        Trainer(parts, position, directory, store, shown).train()
+
+
+def _is_finished(saved: Loaded, parts: Assembly) -> bool:
+    position = position_of(saved.tree)
+    return position.finished and (position.step >= parts.total_steps or parts.run.validation.patience is not None)
+
+
+def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position:
+    data = saved.tree["data"].value
+    if data["digest"] != parts.dataset.digest:
+        raise UsageError(
+            f"{directory.path} was trained on data with digest {data['digest'][:12]}…, but {parts.run.data.path} has "
+            f"{parts.dataset.digest[:12]}…; give the run its data back, or start over with --fresh"
+        )
+    warn_of_changed_threads(saved.tree["environment"].value["threads"], parts.threads)
+    position = restore(parts, saved.tree)
+    position.finished = False
+    return position

@@ -1,0 +1,132 @@
+"""The whole state of a run as one tree for a checkpoint, and back: what resuming to the bit takes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpclr.checkpoint import Json, Tree
+from hpclr.config import dump
+from hpclr.training.assembly import Assembly
+from hpclr.training.environment import random_states, record, set_random_states
+
+
+@dataclass
+class Position:
+    """Where a run is."""
+
+    step: int = 0  # batches trained on; also the sampler's whole state
+    seconds: float = 0.0  # of training so far, over all attempts
+    best_accuracy: float | None = None  # on the validation split
+    best_step: int | None = None
+    validations_since_best: int = 0
+    finished: bool = False
+
+
+def capture(parts: Assembly, position: Position) -> Tree:
+    """The tree that a checkpoint holds (docs/checkpoint-format.md)."""
+    return {
+        "model": dict(parts.model.state_dict()),
+        "optimizer": _optimizer_state(parts.model, parts.optimizer),
+        "method": _to_tree({"name": parts.run.method.name, "state": parts.method.state_dict()}),
+        "sampler": Json({"step": position.step, "seed": parts.run.train.seed}),
+        "random": _to_tree(random_states()),
+        "ema": _to_tree(parts.ema.state_dict() if parts.ema else {}),
+        "scaler": Json(parts.precision.state_dict()),
+        "position": Json(asdict(position)),
+        "run": Json({"yaml": dump(parts.run)}),
+        "data": Json(_data_facts(parts)),
+        "environment": Json(record(parts.device, parts.threads)),
+    }
+
+
+def _data_facts(parts: Assembly) -> dict[str, Any]:
+    dataset = parts.dataset
+    return {
+        "digest": dataset.digest,
+        "classes": list(dataset.classes),
+        "sample_shape": list(dataset.sample_shape),
+        "sizes": dict(dataset.sizes),
+    }
+
+
+def restore(parts: Assembly, tree: Tree) -> Position:
+    """Takes a checkpoint's tree back into freshly assembled parts: first the shapes, then the contents."""
+    parts.method.load_state_dict(_from_tree(tree["method"])["state"])
+    parts.model.load_state_dict(_tensors(tree["model"]))
+    _restore_optimizer(parts.model, parts.optimizer, _from_tree(tree["optimizer"]))
+    if parts.ema is not None:
+        parts.ema.load_state_dict(_from_tree(tree["ema"]))
+    parts.precision.load_state_dict(_from_tree(tree["scaler"]))
+    set_random_states(_from_tree(tree["random"]))
+    return position_of(tree)
+
+
+def position_of(tree: Tree) -> Position:
+    """Where the run was that a tree comes from."""
+    return Position(**_from_tree(tree["position"]))
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tree:
+    """State by parameter name, so that a file can be read without knowing the optimiser's order of parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[p]: values for p, values in optimizer.state.items() if p in names}
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": _to_tree(state), "groups": Json(_plain(groups))}
+
+
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """State only: the groups' settings follow from the run file, and the learning rate from the step."""
+    named = dict(model.named_parameters())
+    for name, values in saved["state"].items():
+        parameter = named[name]
+        optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in values.items()}
+
+
+def _placed(value: Any, parameter: nn.Parameter) -> Any:
+    """Moments go where their parameter is; step counts stay on the CPU, as torch keeps them."""
+    if isinstance(value, Tensor) and value.ndim > 0:
+        return value.to(parameter.device)
+    return value
+
+
+def _to_tree(value: Any) -> Any:
+    """Dictionaries that hold tensors become groups; everything without a tensor in it becomes JSON."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping) and _holds_tensor(value):
+        return {str(key): _to_tree(item) for key, item in value.items()}
+    return Json(_plain(value))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item) for item in value.values())
+    return isinstance(value, Tensor)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and numbers out of tensors, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _from_tree(tree: Any) -> Any:
+    if isinstance(tree, Json):
+        return tree.value
+    if isinstance(tree, Mapping):
+        return {key: _from_tree(item) for key, item in tree.items()}
+    return tree
+
+
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    return {key: value for key, value in tree.items() if isinstance(value, Tensor)}
