@@ -6,7 +6,8 @@ valid one again; `load_file` reads a single file. The format is described in
 `docs/checkpoint-format.md`.
 """
 
-from hpclr.checkpoint.format import NewerVersionError, read_attrs, read_tree, write_tree
+from hpclr.checkpoint.format import write_tree
+from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
 from hpclr.checkpoint.store import CheckpointStore, Loaded, load_file
 from hpclr.checkpoint.tree import Json, Tree, TreeLike
 

@@ -9,8 +9,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from hpclr.checkpoint.durable import replace_text
 from hpclr.errors import UsageError
+from hpclr.files import write_whole
 
 SUFFIX = ".sha256"
 _BLOCK = 1 << 20
@@ -35,7 +35,8 @@ def sha256_of(path: Path) -> str:
 
 def write_sidecar(path: Path, *digests: str) -> None:
     """Record that the content of `path` has one of `digests`; atomic."""
-    replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
+    lines = "".join(f"{digest}  {path.name}\n" for digest in digests)
+    write_whole(sidecar_of(path), lines.encode("utf-8"))
 
 
 def read_sidecar(path: Path) -> list[str]:
@@ -56,7 +57,7 @@ def read_sidecar(path: Path) -> list[str]:
     return _parse(sidecar, path.name, content)
 
 
-def verify(path: Path) -> None:
+def check_digest(path: Path) -> None:
     """Check the content of the checkpoint `path` against its sidecar.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-Tree: TypeAlias = "dict[str, Tree | torch.Tensor | Json]"
-TreeLike: TypeAlias = "Mapping[str, TreeLike | torch.Tensor | Json]"
+Tree: TypeAlias = dict[str, "Tree | torch.Tensor | Json"]
+TreeLike: TypeAlias = Mapping[str, "TreeLike | torch.Tensor | Json"]
 
 MAX_DEPTH = 32
 """Groups may be nested this deep; a JSON value likewise."""
@@ -105,9 +105,10 @@ def _from_pairs(pairs: list[tuple[str, Any]]) -> Any:
         raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
     if _FLOAT_KEY not in value:
         return value
-    if len(value) > 1 or value[_FLOAT_KEY] not in _NON_FINITE:
+    name = str(value[_FLOAT_KEY])
+    if len(value) > 1 or name not in _NON_FINITE:
         raise ValueError(f"{_FLOAT_KEY} stands beside other keys, or for none of {list(_NON_FINITE)}")
-    return _NON_FINITE[value[_FLOAT_KEY]]
+    return _NON_FINITE[name]
 
 
 def _refuse_constant(token: str) -> Any:

@@ -1,1 +1,68 @@
-"""."""
+"""The command line: `hpclr COMMAND`. Commands are loaded when they are called, so that help is instant."""
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from hpclr.errors import EXIT_ERROR, HpclrError
+from hpclr.version import __version__
+
+COMMANDS = {
+    "train": ("hpclr.cli.train:train", "Train a run file, or continue where it stopped."),
+    "evaluate": ("hpclr.cli.evaluate:evaluate", "Score a checkpoint on a split of the data."),
+    "inspect": ("hpclr.cli.inspect:inspect", "Show what a checkpoint holds: step, ranks, spectra, sizes."),
+    "summary": ("hpclr.cli.summary:summary", "Compare finished runs in a table."),
+    "data": ("hpclr.cli.data:data", "Prepare and inspect datasets."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpclr")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def hpclr(debug: bool) -> None:
+    """Trains neural networks whose weights become low-rank, on one machine or a whole cluster."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point; ends the process with the exit code that scripts rely on."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        hpclr.main([a for a in arguments if a != "--debug"], prog_name="hpclr", standalone_mode=True)
+    except HpclrError as error:
+        _report(error, error.exit_code, debug)
+    except Exception as error:  # whatever it is, the person gets a sentence and a way to see more
+        _report(error, EXIT_ERROR, debug)
+
+
+def _report(error: Exception, code: int, debug: bool) -> Any:
+    if debug:
+        traceback.print_exception(error)
+    kind = "" if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: "
+    hint = "" if debug or isinstance(error, HpclrError) else " (hpclr --debug … shows where)"
+    click.echo(f"hpclr: {kind}{error}{hint}", err=True)
+    sys.exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -18,17 +18,15 @@ from hpclr.errors import UsageError
 _MOST_FAULTS = 20
 _WRONG: Any = object()
 
-K = TypeVar("K", bound=msgspec.Struct)
 
-
-def check(document: Document, kind: type[K]) -> K:
-    """The document as a `kind`.
+def check(document: Document) -> RunFile:
+    """The document as a run file.
 
     Raises:
         UsageError: Names every fault with its place, its key, and what was expected and found.
     """
     checker = _Checker(document)
-    found: K = checker.section([kind], document.value, ())
+    found: RunFile = checker.section([RunFile], document.value, ())
     if not checker.faults:
         return found
     if len(checker.faults) == 1:

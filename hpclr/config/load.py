@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def parse_run_file(text: str, source: str, overrides: Sequence[str] = ()) -> Run
         raise UsageError(f"{source} is empty; a run file has at least name, model, data, optimizer and train")
     if not isinstance(document.value, dict):
         raise UsageError(f"{source} must hold sections such as 'model:' and 'data:', found {show(document.value)}")
-    return check(_overrides.apply(document, overrides), RunFile)
+    return check(_overrides.apply(document, overrides))
 
 
 def dump(run: RunFile) -> str:
@@ -57,7 +56,6 @@ def _text(path: Path) -> str:
         raise UsageError(f"cannot read the run file {path}: {reason}") from None
     if len(content) > 4 * yaml12.MAX_TEXT:
         raise UsageError(f"{path} is too long for a run file: more than {4 * yaml12.MAX_TEXT} bytes")
-    content = content.removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode()
     except UnicodeDecodeError as error:

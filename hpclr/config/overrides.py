@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +61,14 @@ def apply(document: Document, texts: Sequence[str]) -> Document:
         UsageError: An override has not the right form, or the document has no sections.
     """
     overrides = [parse(text) for text in texts]
-    root, places = _copied(document.value), dict(document.places)
-    for override in overrides:
+    root, places = copy.deepcopy(document.value), dict(document.places)
+    for override in {override.path: override for override in overrides}.values():  # the last of each
         _drop_what_loses_its_meaning(root, override)
     for override in overrides:
         places = _places(root, places, override)
         *above, key = override.path
         _section(root, above)[key] = override.document.value
     return Document(root, places, document.source)
-
-
-def _copied(value: Any) -> Any:
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _section(root: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class _Builder:
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         self.count += 1
-        if False or len(path) > MAX_DEPTH:  # aliases repeat what they stand for
+        if self.count > MAX_VALUES or len(path) > MAX_DEPTH:  # aliases repeat what they stand for
             limits = f"{MAX_VALUES} values, nested {MAX_DEPTH} deep"
             _refuse(self.source, node.start_mark, f"a run file holds at most {limits}; this one holds more")
         if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:

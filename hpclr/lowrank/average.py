@@ -55,6 +55,10 @@ class EMA:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
 
+    def copy_to_model(self) -> None:
+        """Gives the model the averaged weights for good."""
+        self._swap({parameter: average.clone() for parameter, average in self._averages.items()})
+
     def _swap(self, contents: dict[nn.Parameter, Tensor]) -> None:
         for parameter, data in contents.items():
             replace_data(parameter, data)

@@ -3,7 +3,8 @@
 When W = U Σ Vᵀ takes the place of W, or Σ is re-factorised as U' Σ' V'ᵀ, the gradient with regard to the new
 core is Lᵀ G R, with L = U and R = V (or U' and V'). State that is linear in gradients or weights follows exactly
 by the same rule. State made of squared gradients has no exact image; the entry-wise squares of L and R carry it:
-(L∘L)ᵀ v (R∘R) is what independent entries would give, a weighted mean of v, and never negative.
+(L∘L)ᵀ v (R∘R) is what independent entries would give, a weighted mean of v, and never negative. Where entries are not
+independent, Adam's next step m/√v could come out longer than the last one; v is then scaled up until it does not.
 """
 
 import warnings
@@ -95,9 +96,30 @@ def carry(optimizer: Optimizer, change: BasisChange, old_shape: torch.Size, old_
     if unknown:
         _reset(optimizer, change, unknown)
         return
+    eps = float(optimizer.defaults.get("eps") or 0.0)
+    length = _adam_step(state, eps)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.numel() and value.shape == old_shape and key in STATE_RULES:
             state[key] = STATE_RULES[key](change, value)
+    _bound_adam_step(state, eps, length)
+
+
+def _adam_step(state: Mapping[str, Any], eps: float) -> float:
+    """‖m/(√v + ε)‖_F, the length of Adam's step in units of its learning rate; 0 for other optimisers."""
+    m, v = state.get("exp_avg"), state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if m is None or v is None:
+        return 0.0
+    dtype = working_dtype(m.dtype)
+    return float((m.to(dtype) / (v.to(dtype).sqrt() + max(eps, torch.finfo(dtype).tiny))).norm())
+
+
+def _bound_adam_step(state: dict[str, Any], eps: float, length: float) -> None:
+    """Scales the second moments up where the step they give would be longer than this."""
+    excess = _adam_step(state, eps) / length if length > 0 else 1.0
+    if excess > 1:
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if key in state:
+                state[key] = state[key] * excess**2
 
 
 def _unknown(key: str, value: Any, old_shape: torch.Size) -> bool:

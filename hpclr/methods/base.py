@@ -42,9 +42,9 @@ class Method(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes a state back; first of all states (before the model's and the optimiser's)."""
 
+    @abstractmethod
     def on_change(self, hook: ChangeHook) -> None:
         """Has `hook` called with every later change of basis; for averages and whoever else follows the parameters."""
-        raise NotImplementedError
 
 
 class Dense(Method):

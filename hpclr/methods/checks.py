@@ -1,5 +1,7 @@
 """What is refused before training starts, with the value found and the values allowed."""
 
+from math import inf
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -24,7 +26,7 @@ def check_settings(
     _require(freeze in ("schedule", "stable"), "freeze", freeze, "'schedule' or 'stable'")
     _require(0 < stability_threshold <= 1, "stability_threshold", stability_threshold, "a number in (0, 1]")
     _require(convert in ("at_delay", "when_it_pays"), "convert", convert, "'at_delay' or 'when_it_pays'")
-    _require(sigma_lr > 0, "sigma_lr", sigma_lr, "a number above 0")
+    _require(0 < sigma_lr < inf, "sigma_lr", sigma_lr, "a finite number above 0")
 
 
 def _require(holds: bool, name: str, found: object, allowed: str) -> None:
@@ -40,10 +42,10 @@ def check_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
+    original: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(original, (DataParallel, DistributedDataParallel)):
         raise TypeError(
-            f"the model is wrapped in {type(model).__name__}, which fixes the shapes of its parameters; low-rank "
+            f"the model is wrapped in {type(original).__name__}, which fixes the shapes of its parameters; low-rank "
             "training changes them. This version trains in one process: pass the module inside, unwrapped."
         )
-    original = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    return original if isinstance(original, nn.Module) else model
+    return original

@@ -100,15 +100,7 @@ class OIALR(Method):
         placement: Placement | None = None,
     ) -> None:
         check_settings(
-            every,
-            layer_fraction,
-            max_cut,
-            min_rank,
-            max_aspect,
-            freeze,
-            stability_threshold,
-            convert,
-            sigma_lr,
+            every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
         )
         self._model = check_model(model)
         chosen = select(
@@ -180,16 +172,17 @@ class OIALR(Method):
             self._check(j)
 
     def _begin(self) -> None:
-        """The bases at the start, which the first check compares with."""
+        """The bases at the start, which the first check compares with; without a delay that check is now."""
         self._last_check = self._schedule.latest(0)
-        if self._schedule.delay == 0:
-            self._check(0)
-            return
         for site in self._sites.values():
             try:
-                self._tracker.remember(site, svd(site.core()))
+                basis = svd(site.core())
             except FactorizationError as error:
                 raise ValueError(f"layer '{site.name}': {error}") from error
+            if self._schedule.delay > 0:
+                self._tracker.remember(site.name, basis, whole=self._schedule.is_due(0))
+        if self._schedule.delay == 0:
+            self._check(0)
 
     @torch.no_grad()
     def _check(self, j: int) -> None:
@@ -205,10 +198,11 @@ class OIALR(Method):
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         try:
-            basis = svd(site.core())
+            # in float64 rotations leave the orthonormal factors as they are; float32 rounding would add up over the checks
+            basis = svd(site.core().double() if site.is_lowrank else site.core())
         except FactorizationError:
             return Outcome(site.rank, None, None, failed=True)
-        stability = self._tracker.measure(site, basis)
+        stability = self._tracker.measure(site.name, basis)
         rank = self._rank(site, basis)
         if site.is_lowrank:
             keep = self._cut(site, rank) if covered else None
@@ -244,7 +238,7 @@ class OIALR(Method):
             self._tracker.record(site.name, outcome.stability)
         if outcome.basis is not None:
             self._change_basis(site, outcome.basis)
-            self._tracker.rebase(site.name)
+            self._tracker.rebase(site.name, outcome.basis.s)
 
     def _change_basis(self, site: WeightSite, basis: SVD) -> None:
         """W or Σ = L Σ' Rᵀ: the factors, the gradient, the moments and whoever else follows, all together."""
@@ -253,7 +247,7 @@ class OIALR(Method):
         if site.is_lowrank:
             old = site.factors
             change = BasisChange(site.name, site.parameter, left, right)
-            site.convert(old.u @ left.to(old.u), torch.diag(basis.s), basis.vh.to(old.vh) @ old.vh)
+            site.convert(old.u.to(left) @ left, torch.diag(basis.s), right.mT @ old.vh.to(right))
         else:
             change = BasisChange(site.name, site.parameter, left, right, site.to_matrix)
             site.convert(basis.u, torch.diag(basis.s), basis.vh)
@@ -288,8 +282,11 @@ class OIALR(Method):
             raise ValueError(
                 f"the saved state is of another model or other settings: layers {', '.join(differing)} differ"
             )
-        for name, rank in state["ranks"].items():
-            set_rank(self._sites[name], int(rank))
+        for name, site in self._sites.items():
+            if name in state["ranks"]:
+                set_rank(site, int(state["ranks"][name]))
+            elif site.is_lowrank:
+                site.densify()
         self._counter.taken = int(state["steps"])
         self._last_check, self.failures = int(state["last_check"]), int(state["failures"])
         self._watched = {name: int(rank) for name, rank in state["watched"].items()}

@@ -16,7 +16,7 @@ def in_steps(name: str, value: float, total_steps: int | None) -> int:
     Raises:
         ValueError: if it is negative, not whole, or a fraction of a run of unknown length.
     """
-    if value < 0 or (value >= 1 and value != int(value)):
+    if not value >= 0 or (value >= 1 and value % 1 != 0):
         raise ValueError(f"{name} must be a whole number of steps or a fraction of the run below 1, found {value}")
     if value >= 1 or value == 0:
         return int(value)
@@ -42,6 +42,10 @@ class CheckSchedule:
     def latest(self, steps: int) -> int:
         """The index j of the last check due after this many steps; its time may lie before the first step."""
         return floor(Fraction(steps - self.delay, self.every))
+
+    def is_due(self, steps: int) -> bool:
+        """Whether a check falls on this very step."""
+        return (steps - self.delay) % self.every == 0
 
     def covered(self, j: int, layers: int) -> int:
         """How many of the last layers check j covers: min(L, ⌈j·ℓ·L⌉)."""

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpclr.lowrank.factors import SVD, alignment, polar
-from hpclr.lowrank.sites import WeightSite
+from hpclr.lowrank.factors import SVD, alignment, numerical_rank, polar
 
 TIMES_IN_A_ROW = 2
 
@@ -16,7 +15,7 @@ class StabilityTracker:
     """Remembers polar factors and compares the next ones with them.
 
     The factor of a dense layer is m×n and lives in host memory. That of a factored layer is measured inside its frozen
-    basis: U Q Vᵀ with Q the k×k polar factor of Σ. A re-factorisation makes Q the identity, which needs no memory.
+    basis: U Q Vᵀ with Q the k×k polar factor of Σ. A re-factorisation makes Q diagonal, and k numbers tell it.
 
     Args:
         threshold: the stability from which a basis counts as settled, if it is reached twice in a row.
@@ -28,31 +27,40 @@ class StabilityTracker:
         self._in_a_row: dict[str, int] = {}
         self._polar: dict[str, Tensor] = {}
 
-    def remember(self, site: WeightSite, basis: SVD) -> None:
-        """Keeps the polar factor of a layer for the next comparison."""
-        self._polar[site.name] = polar(basis).to("cpu")
+    def remember(self, name: str, basis: SVD, *, whole: bool) -> None:
+        """Keeps the polar factor of a layer at the start of training for the first comparison.
 
-    def measure(self, site: WeightSite, basis: SVD) -> float:
-        """The stability of a layer's basis since it was last remembered, which it is again."""
+        Args:
+            name: the layer.
+            basis: its decomposition.
+            whole: whether that comparison comes a whole interval later; one over less says too little to count.
+        """
+        self._polar[name] = polar(basis).to("cpu")
+        self._in_a_row[name] = 0 if whole else -1
+
+    def measure(self, name: str, basis: SVD) -> float | None:
+        """The stability of a layer's basis since it was last remembered, which it is again; None for the first time."""
         now = polar(basis)
-        before = self._polar.get(site.name)
-        if before is None or before.shape != now.shape:
-            before = torch.eye(now.shape[0], dtype=now.dtype)
-        self._polar[site.name] = now.to("cpu")
-        return alignment(before.to(now), now)
+        before = self._polar.get(name)
+        self._polar[name] = now.to("cpu")
+        if before is None:
+            return None
+        return alignment((torch.diag(before) if before.ndim == 1 else before).to(now), now)
 
     def record(self, name: str, stability: float) -> None:
         """Takes note of a measured value."""
         self.last[name] = stability
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if stability >= self.threshold else 0
 
-    def settles(self, name: str, stability: float) -> bool:
+    def settles(self, name: str, stability: float | None) -> bool:
         """Whether a layer with this newest value has settled."""
-        return stability >= self.threshold and self._in_a_row.get(name, 0) + 1 >= TIMES_IN_A_ROW
+        if stability is None or stability < self.threshold:
+            return False
+        return self._in_a_row.get(name, 0) + 1 >= TIMES_IN_A_ROW
 
-    def rebase(self, name: str) -> None:
-        """The layer's factors have just been renewed from its decomposition: its Q is the identity now."""
-        self._polar.pop(name, None)
+    def rebase(self, name: str, s: Tensor) -> None:
+        """The layer's Σ is diag(s) now, and its Q the identity, but for directions without weight."""
+        self._polar[name] = (torch.arange(s.numel()) < numerical_rank(s, (s.numel(), s.numel()))).to(s.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Values and remembered factors by layer name."""

@@ -30,7 +30,7 @@ class OptimizerSteps:
         optimizer.register_step_post_hook(self._after)
 
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._before = [(p, p.detach().clone()) for p in self._scaled() if p.grad is not None]
+        self._before = [(p, p.detach().clone()) for p in self._scaled()]
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         _check(sample_shape, classes, hidden, activation, dropout)
         widths = [math.prod(sample_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation](), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
@@ -48,11 +49,11 @@ class MLP(nn.Module):
         return logits
 
 
-def _check(sample_shape: tuple[int, ...], classes: int, hidden: Sequence[int], activation: str, dropout: float) -> None:
+def _check(sample_shape: tuple[int, ...], classes: int, hidden: object, activation: str, dropout: float) -> None:
     """Raise ValueError for an argument out of its range."""
     if not sample_shape or min(sample_shape) < 1:
         raise ValueError(f"mlp: samples must have at least one value, found shape {tuple(sample_shape)}.")
-    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+    if not isinstance(hidden, (list, tuple)):
         raise ValueError(f"mlp: hidden must be a list of widths such as [256, 256], found {hidden!r}.")
     check_whole("mlp", classes=classes, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
     if activation not in ACTIVATIONS:

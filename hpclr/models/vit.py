@@ -80,13 +80,11 @@ class VisionTransformer(nn.Module):
 
     def _init_weights(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                nn.init.trunc_normal_(module.weight, std=0.02 if isinstance(module, nn.Linear) else fan_in**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embed.weight, std=self.embed.weight[0].numel() ** -0.5)
-        if self.embed.bias is not None:
-            nn.init.zeros_(self.embed.bias)
         for parameter in (self.positions, self.cls):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)

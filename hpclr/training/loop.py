@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpclr.checkpoint import CheckpointStore
-from hpclr.data import Batch
+from hpclr.data import Batch, Loader
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
 from hpclr.lowrank import summarize
@@ -60,12 +60,12 @@ class Trainer:
             while not self._at_end():
                 loss = self._take_step()
                 self._adapt()
-                self._validate_if_due()
-                self._save_if_due()
+                improved = self._validate_if_due()
+                self._save_if_due(improved)
                 self.shown.step(self.position.step, loss)
-                if self.stop.reason:
+                if self.stop.reason and not self._at_end():
                     self._leave()
-        self._finish()
+            self._finish()
 
     def _at_end(self) -> bool:
         patience = self.parts.run.validation.patience
@@ -117,9 +117,10 @@ class Trainer:
             f"stored {sizes.stored_share:.1%} of dense"
         )
 
-    def _validate_if_due(self) -> None:
+    def _validate_if_due(self) -> bool:
+        """Validates where it is time to; returns whether the model is better than ever before."""
         if self.parts.valid is None or self.position.step % self._validate_every:
-            return
+            return False
         score = self._score(self.parts.valid)
         self.metrics.append("valid", self.position.step, loss=score.loss, accuracy=score.accuracy)
         self.shown.note(
@@ -128,13 +129,12 @@ class Trainer:
         best = self.position.best_accuracy
         if best is not None and score.accuracy <= best:
             self.position.validations_since_best += 1
-            return
+            return False
         self.position.best_accuracy, self.position.best_step = score.accuracy, self.position.step
         self.position.validations_since_best = 0
-        if self.parts.run.checkpoint.keep_best:
-            self._save(best=score.accuracy)
+        return True
 
-    def _score(self, loader: "object") -> Score:
+    def _score(self, loader: Loader) -> Score:
         """A split's score, with averaged weights where the run keeps them."""
         parts = self.parts
         if parts.ema is None:
@@ -142,19 +142,22 @@ class Trainer:
         with parts.ema.applied() as model:
             return parts.task.score(model, loader, parts.precision)
 
-    def _save_if_due(self) -> None:
-        if self.position.step % self.parts.run.checkpoint.every == 0:
-            self._save()
+    def _save_if_due(self, improved: bool) -> None:
+        settings = self.parts.run.checkpoint
+        best = improved and settings.keep_best
+        if best or self._at_end() or self.position.step % settings.every == 0:
+            self._save(best)
 
-    def _save(self, best: float | None = None) -> None:
-        """A checkpoint of this step, unless this very state has just been saved."""
-        if self._saved_at == self.position.step and best is None:
+    def _save(self, best: bool = False) -> None:
+        """A checkpoint of this step; never two of one step."""
+        if self._saved_at == self.position.step:
             return
+        self.position.finished = self._at_end()
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
         _require_finite_weights(self.parts.model, self.position.step, self._last_good())
-        self.store.save(self.position.step, capture(self.parts, self.position), metric=best, best=best is not None)
+        self.store.save(self.position.step, capture(self.parts, self.position), metric=self.position.best_accuracy, best=best)
         self._saved_at = self.position.step
 
     def _require_finite(self, loss: float, step: int) -> None:
@@ -178,10 +181,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """The last checkpoint, the test score and the summary."""
-        self.position.finished = True
-        self._saved_at = None
-        self._save()
+        """The test score and the summary, after the last checkpoint."""
         parts = self.parts
         test = self._score(parts.test) if parts.test is not None else None
         example = parts.example()

@@ -55,19 +55,19 @@ def _data_facts(parts: Assembly) -> dict[str, Any]:
 
 def restore(parts: Assembly, tree: Tree) -> Position:
     """Takes a checkpoint's tree back into freshly assembled parts: first the shapes, then the contents."""
-    parts.method.load_state_dict(_from_tree(tree["method"])["state"])
-    parts.model.load_state_dict(_tensors(tree["model"]))
-    _restore_optimizer(parts.model, parts.optimizer, _from_tree(tree["optimizer"]))
+    parts.method.load_state_dict(from_tree(tree["method"])["state"])
+    parts.model.load_state_dict(tensors(tree["model"]))
+    _restore_optimizer(parts.model, parts.optimizer, from_tree(tree["optimizer"]))
     if parts.ema is not None:
-        parts.ema.load_state_dict(_from_tree(tree["ema"]))
-    parts.precision.load_state_dict(_from_tree(tree["scaler"]))
-    set_random_states(_from_tree(tree["random"]))
+        parts.ema.load_state_dict(from_tree(tree["ema"]))
+    parts.precision.load_state_dict(from_tree(tree["scaler"]))
+    set_random_states(from_tree(tree["random"]))
     return position_of(tree)
 
 
 def position_of(tree: Tree) -> Position:
     """Where the run was that a tree comes from."""
-    return Position(**_from_tree(tree["position"]))
+    return Position(**from_tree(tree["position"]))
 
 
 def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tree:
@@ -120,13 +120,15 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _from_tree(tree: Any) -> Any:
+def from_tree(tree: Any) -> Any:
+    """Plain dictionaries, values and tensors out of a checkpoint's tree."""
     if isinstance(tree, Json):
         return tree.value
     if isinstance(tree, Mapping):
-        return {key: _from_tree(item) for key, item in tree.items()}
+        return {key: from_tree(item) for key, item in tree.items()}
     return tree
 
 
-def _tensors(tree: Any) -> dict[str, Tensor]:
+def tensors(tree: Any) -> dict[str, Tensor]:
+    """The tensors of one group of a tree: a state dict."""
     return {key: value for key, value in tree.items() if isinstance(value, Tensor)}

@@ -1,6 +1,6 @@
 import pytest
 
-from hpclr.config import parse_run_file
+from hpclr.config import overrides, parse_run_file, yaml12
 from hpclr.config.schema import Dense, EnergyRule, Mlp, Resnet, StableRankRule, Target
 from hpclr.errors import UsageError
 
@@ -97,8 +97,18 @@ def test_the_same_name_again_drops_nothing():
     assert parse("method.name=oialr", "model.name=vit") == parse()
 
 
+def test_the_document_below_stays_as_it_is():
+    document = yaml12.read(FILE, "run.yaml")
+    overrides.apply(document, ["method.name=dense", "train.epochs=1"])
+    assert document == yaml12.read(FILE, "run.yaml")
+
+
 def test_keys_of_overrides_are_never_dropped():
     assert "method.delay is not a key of method with name: dense" in refusal("method.delay=3", "method.name=dense")
+
+
+def test_a_name_that_is_overridden_in_turn_drops_nothing():
+    assert parse("method.name=dense", "method.name=oialr") == parse()
 
 
 def test_a_misspelt_name_drops_nothing_and_is_refused_alone():
@@ -119,6 +129,10 @@ def test_what_is_no_override_is_refused(text):
         ("model.args.x=3", "override 'model.args.x=3': model.args is not a key of model with name: vit"),
         ("data=5", "override 'data=5': data must be a section with path, batch_size, found 5"),
         ("data={path: x}", "override 'data={path: x}': data.batch_size is missing"),
+        (
+            "method.cutoff={rule: energy, share: 9}",
+            "override 'method.cutoff={rule: energy, share: 9}': method.cutoff.share must be a number > 0 and <= 1",
+        ),
     ],
 )
 def test_faults_of_an_override_name_it(override, message):

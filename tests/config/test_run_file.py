@@ -161,6 +161,10 @@ def test_odd_keys_are_shown_in_one_short_line(key):
     assert "\n" not in refused
 
 
+def test_a_key_of_a_sibling_is_not_said_to_belong_where_it_stands():
+    assert "did you mean" not in refusal(DIGITS, "model.hidden=[1]")
+
+
 def test_a_key_of_another_method_is_refused_by_the_name_of_this_one():
     refused = refusal(DIGITS.replace("name: oialr", "name: dense").replace(", every: 100, cutoff: 0.1", ""))
     assert "method.delay is not a key of method with name: dense" in refused

@@ -74,6 +74,11 @@ def test_anchors_and_aliases_work():
     assert yaml12.read("a: &x {b: [1]}\nc: *x\n", "x").value == {"a": {"b": [1]}, "c": {"b": [1]}}
 
 
+def test_nothing_is_written_as_an_alias():
+    shared = ["a"]
+    assert yaml12.write({"x": shared, "y": shared}) == "x: [a]\ny: [a]\n"
+
+
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )

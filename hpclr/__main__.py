@@ -1,0 +1,5 @@
+"""`python -m hpclr`, the same as `hpclr`; what torchrun starts."""
+
+from hpclr.cli import main
+
+main()

@@ -1,0 +1,15 @@
+"""`hpclr inspect`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--best", is_flag=True, help="Of a run directory: the best checkpoint on validation, not the newest.")
+def inspect(checkpoint: Path, best: bool) -> None:
+    """Show what CHECKPOINT, a file or a run directory, holds. Nothing that it names is imported."""
+    from hpclr.training.inspection import show_checkpoint
+
+    show_checkpoint(checkpoint, best=best)

@@ -1,0 +1,14 @@
+"""`hpclr summary`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def summary(runs: tuple[Path, ...]) -> None:
+    """Compare finished RUNS (run directories) in a table: accuracy, sizes, operations, time, and every rank."""
+    from hpclr.training.table import comparison, read_summaries
+
+    comparison(read_summaries(runs))

@@ -1,0 +1,25 @@
+"""`hpclr train`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--runs-dir", type=click.Path(path_type=Path), help="Where runs live [HPCLR_RUNS, else ./runs].")
+@click.option("--fresh", is_flag=True, help="Start over; a run that is there already is set aside.")
+def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fresh: bool) -> None:
+    """Train what RUN_FILE describes, in runs/NAME; a run that is there already continues where it stopped.
+
+    Any key of the run file can be set here too: optimizer.lr=1e-3, method.name=dense, name=other.
+    """
+    from hpclr.config import load_run_file
+
+    run = load_run_file(run_file, overrides)
+    from hpclr.training.run import train as train_run
+    from hpclr.training.run_directory import runs_directory
+
+    directory = train_run(run, runs_directory(runs_dir), fresh=fresh)
+    click.echo(str(directory.path))

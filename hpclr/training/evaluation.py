@@ -1,0 +1,86 @@
+"""`hpclr evaluate`: a checkpoint's score on a split."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpclr.checkpoint import CheckpointStore, Loaded, Tree, load_file
+from hpclr.config import RunFile, parse_run_file
+from hpclr.config.schema import Target
+from hpclr.data import Dataset, Loader, open_dataset
+from hpclr.errors import UsageError
+from hpclr.lowrank import EMA, load_state_dict
+from hpclr.training.assembly import build_model
+from hpclr.training.environment import choose_device, use_threads
+from hpclr.training.precision import Precision
+from hpclr.training.state import from_tree, tensors
+from hpclr.training.tasks import Classification, Score
+
+
+def find_checkpoint(path: Path, *, best: bool = False) -> Path:
+    """The checkpoint file that a path means: itself, or the newest or best one of a run directory.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if path.is_file():
+        return path
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not directory.is_dir():
+        raise UsageError(f"{path}: no such checkpoint file or run directory")
+    store = CheckpointStore(directory)
+    found = store.best() if best else store.newest()
+    if found is None:
+        raise UsageError(f"{directory} holds no {'best ' if best else ''}checkpoint")
+    return found
+
+
+def run_of(loaded: Loaded) -> RunFile:
+    """The run file that a checkpoint was made with."""
+    return parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, *, split: str = "test", data: Path | None = None, best: bool = False, trust: bool = False
+) -> tuple[Score, Path]:
+    """Rebuilds a checkpoint's model with the ranks in the file and scores it.
+
+    Args:
+        checkpoint: a file or a run directory.
+        split: train, valid or test.
+        data: another data file than the run's.
+        best: of a run directory, the best checkpoint on validation instead of the newest.
+        trust: whether a model that the checkpoint names as `target:` may be imported.
+
+    Raises:
+        UsageError: for a file that cannot be used, a split that is not there, or a `target:` without trust.
+    """
+    loaded = load_file(find_checkpoint(checkpoint, best=best))
+    run = run_of(loaded)
+    if isinstance(run.model, Target) and not trust:
+        raise UsageError(
+            f"{loaded.path} names the model '{run.model.target}', which would be imported and run; "
+            "pass --trust if you know where this checkpoint comes from"
+        )
+    use_threads(run.train.threads)
+    dataset = open_dataset(data or Path(run.data.path))
+    if split not in dataset.sizes:
+        raise UsageError(f"{dataset.path} has no split '{split}'; it has {', '.join(dataset.sizes)}")
+    device = choose_device("auto" if run.train.device == "auto" else run.train.device)
+    precision = Precision(run.train.precision, device)
+    model = _model(run, dataset, loaded.tree).to(device, precision.dtype)
+    loader = Loader(dataset, split, min(256, dataset.sizes[split]), 0, shuffle=False, dtype=precision.dtype)
+    return Classification().score(model, loader, precision), loaded.path
+
+
+def _model(run: RunFile, dataset: Dataset, tree: Tree) -> nn.Module:
+    """The model with the weights that the run itself would be judged by: averaged ones where it keeps them."""
+    model = build_model(run, dataset)
+    load_state_dict(model.to(torch.float64 if run.train.precision == "float64" else torch.float32), tensors(tree["model"]))
+    if run.train.ema is not None:
+        ema = EMA(model, run.train.ema)
+        ema.load_state_dict(from_tree(tree["ema"]))
+        with torch.no_grad():
+            ema.copy_to_model()
+    return model

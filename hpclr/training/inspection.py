@@ -1,0 +1,81 @@
+"""`hpclr inspect`: what a checkpoint holds, without importing anything it names."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hpclr.checkpoint import Tree, load_file
+from hpclr.lowrank.factors import svd
+from hpclr.training.evaluation import find_checkpoint, run_of
+from hpclr.training.state import from_tree, position_of, tensors
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 24
+
+
+def show_checkpoint(checkpoint: Path, *, best: bool = False, console: Console | None = None) -> None:
+    """Prints step, origin, sizes, and rank and spectrum of every factored layer.
+
+    Args:
+        checkpoint: a file or a run directory.
+        best: of a run directory, the best checkpoint on validation instead of the newest.
+        console: where to print.
+
+    Raises:
+        UsageError: if there is no such checkpoint, or it is damaged.
+    """
+    console = console or Console(highlight=False)
+    loaded = load_file(find_checkpoint(checkpoint, best=best))
+    console.print(_facts(loaded.tree, loaded.path, run_of(loaded).method.name))
+    console.print(_layers(tensors(loaded.tree["model"])))
+
+
+def _facts(tree: Tree, path: Path, method: str) -> Table:
+    position, environment = position_of(tree), from_tree(tree["environment"])
+    state, weights = from_tree(tree["method"])["state"], tensors(tree["model"])
+    table = Table(title=str(path), title_justify="left", show_header=False)
+    rows: dict[str, Any] = {
+        "step": f"{position.step:,}" + (" (finished)" if position.finished else ""),
+        "seconds of training": f"{position.seconds:.1f}",
+        "best validation": _best(position.best_accuracy, position.best_step),
+        "method": method,
+        "checks failed to decompose": state.get("failures", 0),
+        "stored numbers": f"{sum(value.numel() for value in weights.values()):,}",
+        "bytes of weights": f"{sum(value.numel() * value.element_size() for value in weights.values()):,}",
+        "made by": f"hpclr {environment['packages']['hpclr']}, torch {environment['packages']['torch']}, "
+        f"Python {environment['python']}",
+        "made on": f"{environment['host']}, {environment['device']}, {environment['threads']} threads",
+        "command": " ".join(environment["command"]),
+    }
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    return table
+
+
+def _best(accuracy: float | None, step: int | None) -> str:
+    return "–" if accuracy is None else f"{accuracy:.2%} at step {step}"
+
+
+def _layers(weights: dict[str, Tensor]) -> Table:
+    table = Table(title="factored layers", title_justify="left")
+    for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
+        table.add_column(column)
+    for name, sigma in weights.items():
+        if name.rpartition(".")[2].endswith("sigma"):
+            u, vh = weights[name.removesuffix("sigma") + "u"], weights[name.removesuffix("sigma") + "vh"]
+            s = svd(sigma).s
+            ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
+            label = name.removesuffix("sigma").rstrip("._")
+            shape = f"{u.shape[0]}×{vh.shape[1]}"
+            table.add_row(label, shape, str(len(s)), f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s))
+    return table
+
+
+def _sparkline(s: Tensor) -> str:
+    """The singular values, largest first, as bars relative to the largest."""
+    step = max(1, -(-len(s) // WIDTH))
+    top = float(s[0]) or 1.0
+    return "".join(BARS[min(len(BARS) - 1, int(float(value) / top * len(BARS)))] for value in s[::step])
