@@ -99,7 +99,9 @@ class _Reader:
         if found != FORMAT:
             self.refuse("/", f"the attribute format to be {FORMAT!r}", repr(found))
         version = self.attribute(file, "version")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
+        if not isinstance(version, int) or version < 1:
+            self.refuse("/", "a version of at least 1", repr(version))
+        if version > VERSION:
             raise NewerVersionError(
                 f"{self.path}: expected a checkpoint of format version 1 to {VERSION}, found version {version}; "
                 "it comes from a newer hpclr: use that one, or a checkpoint that this hpclr has written."
@@ -161,7 +163,7 @@ class _Reader:
 
     def shaped(self, dataset: h5py.Dataset, bits: torch.Tensor) -> torch.Tensor:
         """A 0-dimensional or an empty tensor from its stand-in of shape (1,); others as they are."""
-        if "shape" not in dataset.attrs:
+        if not h5a.exists(dataset.id, b"shape"):
             return bits
         shape = self.attribute(dataset, "shape")
         without_elements = isinstance(shape, list) and 0 in shape and min(shape) >= 0
@@ -207,14 +209,17 @@ class _Reader:
 
     def attribute(self, node: h5py.Group | h5py.Dataset, name: str) -> Any:
         """An attribute as int, float, str, or as list of ints."""
-        if name not in node.attrs:
+        if not h5a.exists(node.id, name.encode()):
             self.refuse(node.name, f"an attribute {name}", "none")
         attribute = h5a.open(node.id, name.encode())
-        dtype, size = attribute.dtype, math.prod(attribute.shape) * attribute.dtype.itemsize
+        dtype, shape = attribute.dtype, attribute.shape
+        size = math.prod(shape) * dtype.itemsize
         if dtype.kind not in "Siuf" or size > _MAX_ATTRIBUTE_BYTES:
             expected = f"the attribute {name} to be a number or a text of at most {_MAX_ATTRIBUTE_BYTES} bytes"
             self.refuse(node.name, expected, f"{size} bytes of type {dtype}")
-        value = node.attrs[name].tolist()
+        content = np.empty(shape, dtype)
+        attribute.read(content)
+        value = content.tolist()
         return value.decode("utf-8") if isinstance(value, bytes) else value
 
     def refuse(self, where: str, expected: str, found: str) -> NoReturn:

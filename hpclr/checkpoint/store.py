@@ -183,6 +183,7 @@ class CheckpointStore:
             digest = sha256_of(temporary)
             failpoint("after_digest")
             self._announce_replacement(path, digest)
+            failpoint("after_announcement")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hpclr.data.dataset import Dataset, open_dataset
     from hpclr.data.loader import Batch, Loader
     from hpclr.data.order import sample_order
-    from hpclr.data.prepare import prepare
+    from hpclr.data.preparation import prepare
 
 __all__ = ["Augment", "Batch", "Dataset", "Loader", "open_dataset", "prepare", "sample_order"]
 
@@ -22,6 +22,7 @@ _MODULES = {
     "Dataset": "dataset",
     "Loader": "loader",
     "open_dataset": "dataset",
+    "prepare": "preparation",
     "sample_order": "order",
 }
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -120,4 +120,4 @@ def fault_in(arrays: dict[str, Array], classes: int) -> tuple[int, str] | None:
 
 def as_array(values: Any, dtype: str) -> Array:
     """`values` as a contiguous array of the little-endian form of `dtype`."""
-    return cast(Array, np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<")))
+    return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))

@@ -14,9 +14,7 @@ from hpclr.data.hashing import U64, Stream, hashes, key, mix
 _ROUNDS = 6
 
 
-def sample_order(
-    seed: int, epoch: int, positions: npt.NDArray[np.int64], n: int
-) -> npt.NDArray[np.int64]:
+def sample_order(seed: int, epoch: int, positions: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:
     """The sample at each of the given positions of an epoch.
 
     Args:
@@ -59,7 +57,5 @@ def _feistel(x: U64, round_keys: U64, half_bits: int) -> U64:
 def _check(positions: npt.NDArray[np.int64], n: int) -> None:
     if n < 1:
         raise ValueError(f"an order needs at least one sample, found n = {n}")
-    if positions.size and not (0 <= positions.min() and positions.max() < n):
-        raise ValueError(
-            f"positions must be in 0 to {n - 1}, found {positions.min()} to {positions.max()}"
-        )
+    if positions.size and not (positions.min() >= 0 and positions.max() < n):
+        raise ValueError(f"positions must be in 0 to {n - 1}, found {positions.min()} to {positions.max()}")

@@ -85,7 +85,7 @@ def summarize(
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
         optimizer_bytes=None if optimizer is None else optimizer_bytes(optimizer),
         flops=None if example is None else count_flops(model, example),
-        dense_flops=None if example is None else count_flops(_dense_copy(model), _on_meta(example)),
+        dense_flops=None if example is None else count_flops(densify(_meta_copy(model)), example),
         layers=tuple(LayerSize(site.name, site.shape, site.rank, site.is_lowrank) for site in sites),
     )
 
@@ -106,24 +106,22 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, example: Tensor | tuple[Any, ...]) -> int:
-    """Floating-point operations of matrix products and convolutions in one evaluation pass."""
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    """Floating-point operations of matrix products and convolutions in one evaluation pass.
+
+    Counted on the meta device: no memory, nothing computed, and none of the fused kernels that torch cannot count.
+    """
+    twin = _meta_copy(model).eval()
+    with FlopCounterMode(display=False) as counter:
+        twin(*_on_meta(example if isinstance(example, tuple) else (example,)))
     return int(counter.get_total_flops())
 
 
-def _dense_copy(model: nn.Module) -> nn.Module:
-    """The dense form on the meta device: shapes only, no memory."""
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """The same model with shapes only."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = _meta_like(tensor)
-    return densify(copy.deepcopy(model, memo))
+    return copy.deepcopy(model, memo)
 
 
 def _meta_like(tensor: Tensor) -> Tensor:

@@ -33,8 +33,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages towards the weights; call it after each optimiser step."""
+        """Moves the averages towards the weights; call it after each optimiser step.
+
+        Raises:
+            ValueError: if a parameter has changed its basis and `follow` was not told.
+        """
         for parameter, average in self._averages.items():
+            if average.shape != parameter.shape:  # not to be left to torch, which would broadcast rank 1
+                raise ValueError(
+                    f"the average of '{self._names()[parameter]}' has shape {tuple(average.shape)}, the parameter now "
+                    f"{tuple(parameter.shape)}: tell the average of changes of basis, with method.on_change(ema.follow)"
+                )
             average.lerp_(parameter, 1 - self.decay)
 
     def follow(self, change: BasisChange) -> None:
@@ -65,7 +74,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = self._names()
         return {
             "decay": self.decay,
             "averages": {names[p]: average.clone() for p, average in self._averages.items()},
@@ -77,11 +86,14 @@ class EMA:
         Raises:
             ValueError: if names or shapes differ, naming the first.
         """
-        named = dict(self.model.named_parameters())
-        for name, average in state["averages"].items():
-            if name not in named or named[name].shape != average.shape:
-                raise ValueError(
-                    f"the saved average of '{name}' ({tuple(average.shape)}) fits no parameter of the model"
-                )
-            self._averages[named[name]] = average.to(named[name]).clone()
+        names, saved = self._names(), state["averages"]
+        own = {names[parameter]: parameter for parameter in self._averages}
+        for name in sorted(own.keys() | saved.keys()):
+            found, expected = (tuple(t[name].shape) if name in t else "nothing" for t in (saved, own))
+            if found != expected:
+                raise ValueError(f"the saved averages do not fit: for '{name}' they hold {found}, the model {expected}")
+        self._averages = {parameter: saved[name].to(parameter).clone() for name, parameter in own.items()}
         self.decay = float(state["decay"])
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.layers import lowrank_modules
@@ -19,8 +20,8 @@ class LayerReport(NamedTuple):
     """What became of one layer."""
 
     name: str
-    shape: tuple[int, int] | None  # (m, n) of its weight as a matrix; None if it has no such weight
-    rank: int | None  # k if it is low-rank now
+    shape: tuple[int, int] | None  # (m, n) of its weight as a matrix, if it is low-rank now
+    rank: int | None  # k, if it is low-rank now
     converted: bool  # held as factors now
     reason: str  # why it was left alone; empty if it was not
 
@@ -47,17 +48,15 @@ def factorize(
     """
     selection = select(model, include=include, exclude=exclude)
     wanted = _ranks_wanted(rank, selection)
-    done: dict[str, LayerReport] = {}
-    for site in selection.eligible:
-        try:
-            _factorize_site(site, wanted)
-        except FactorizationError as error:
-            selection.left_alone[site.name] = str(error)
-        else:
-            done[site.name] = LayerReport(site.name, site.shape, site.rank, True, "")
-    return [
-        done.get(name) or LayerReport(name, None, None, False, selection.left_alone[name]) for name in selection.order
-    ]
+    reasons = selection.left_alone | {site.name: _factorize_site(site, wanted) for site in selection.eligible}
+    sites = {site.name: site for site in selection.candidates}
+    return [_report(name, sites.get(name), reasons[name]) for name in selection.order]
+
+
+def _report(name: str, site: WeightSite | None, reason: str) -> LayerReport:
+    if site is None or not site.is_lowrank:
+        return LayerReport(name, None, None, False, reason)
+    return LayerReport(name, site.shape, site.rank, True, reason)
 
 
 RankOfSite = Callable[[WeightSite, SVD], int | None]
@@ -70,19 +69,16 @@ def _ranks_wanted(rank: Rank, selection: Selection) -> RankOfSite:
     if isinstance(rank, Mapping):
         _check_names(rank, selection)
         return lambda site, parts: rank.get(site.name)
-    if isinstance(rank, bool) or (isinstance(rank, (int, float)) and not _valid(rank)):
-        raise ValueError(
-            f"rank must be a whole number ≥ 1, a share between 0 and 1, a rank rule or a mapping; found {rank!r}"
-        )
-    if isinstance(rank, int):
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
         return lambda site, parts: rank
-    if isinstance(rank, float):
-        return lambda site, parts: math.ceil(rank * min(site.shape))
-    return lambda site, parts: rank(parts.s, site.shape)
-
-
-def _valid(rank: int | float) -> bool:
-    return rank >= 1 if isinstance(rank, int) else 0 < rank <= 1
+    if isinstance(rank, float) and 0 < rank <= 1:
+        share = Fraction(str(rank))  # exactly what was written: 0.55 of 100 is 55, not 56
+        return lambda site, parts: math.ceil(share * min(site.shape))
+    if not isinstance(rank, (int, float)) and callable(rank):
+        return lambda site, parts: rank(parts.s, site.shape)
+    raise ValueError(
+        f"rank must be a whole number ≥ 1, a share above 0 and at most 1.0, a rank rule or a mapping; found {rank!r}"
+    )
 
 
 def _check_names(ranks: Mapping[str, int], selection: Selection) -> None:
@@ -93,17 +89,22 @@ def _check_names(ranks: Mapping[str, int], selection: Selection) -> None:
             raise ValueError(f"a rank is given for layer '{name}', which cannot be converted: {reason}")
 
 
-def _factorize_site(site: WeightSite, wanted: RankOfSite) -> None:
-    parts = svd(site.core())
+def _factorize_site(site: WeightSite, wanted: RankOfSite) -> str:
+    """Converts or cuts one weight; returns why it was left alone, nothing if it was not."""
+    try:
+        parts = svd(site.core())
+    except FactorizationError as error:
+        return str(error)
     k = wanted(site, parts)
     if k is None:
-        return
+        return "no rank is given for it"
     k = max(1, min(k, parts.s.numel()))
     if not site.is_lowrank:
         site.factorize(k, parts)
     elif k < site.rank:
         old = site.factors
-        site.convert(old.u @ parts.u[:, :k].to(old.u), torch.diag(parts.s[:k]), parts.vh[:k].to(old.vh) @ old.vh)
+        site.convert(old.u.to(parts.u) @ parts.u[:, :k], torch.diag(parts.s[:k]), parts.vh[:k] @ old.vh.to(parts.vh))
+    return ""
 
 
 @torch.no_grad()
@@ -113,9 +114,8 @@ def densify(model: nn.Module) -> nn.Module:
     Optimiser state is not taken back: densify for evaluation and export, after training.
     """
     for name, module in list(lowrank_modules(model)):
-        for slot in module.slots:
-            if module.is_lowrank(slot):
-                WeightSite(name, name, module, slot).densify()
+        for slot in [slot for slot in module.slots if module.is_lowrank(slot)]:
+            WeightSite(name, name, module, slot).densify()
     return model
 
 
@@ -136,13 +136,26 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], strict: bool = T
 
 
 def shape_model_like(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Converts the layers for which `state` holds factors, at the ranks stored, contents still to come."""
+    """Converts the layers for which `state` holds factors, at the ranks stored, contents still to come.
+
+    Raises:
+        ValueError: if such a layer cannot be converted.
+    """
     selection = select(model)
-    sites = {site.key(site.slot.names[1]): site for site in selection.eligible}
-    for key, value in state.items():
-        site = sites.get(key)
-        if site is not None and isinstance(value, Tensor):
-            set_rank(site, int(value.shape[0]))
+    stored = [site for site in selection.candidates if _holds_factors(state, site)]
+    for site in stored:
+        if site.name in selection.left_alone:
+            raise ValueError(
+                f"the state dict holds factors for layer '{site.name}', which cannot be converted: "
+                f"{selection.left_alone[site.name]}"
+            )
+    for site in stored:
+        set_rank(site, int(state[site.key(site.slot.names[1])].shape[0]))
+
+
+def _holds_factors(state: Mapping[str, Any], site: WeightSite) -> bool:
+    factors = all(site.key(name) in state for name in site.slot.names)
+    return factors and site.key(site.slot.weight) not in state
 
 
 def set_rank(site: WeightSite, rank: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpclr.lowrank.factors import SVD, LowRankWarning, numerical_rank, svd
+from hpclr.lowrank.factors import LowRankWarning, numerical_rank, svd
 from hpclr.lowrank.product import Factors, dense
 
 
@@ -38,7 +38,7 @@ class LowRankModule(nn.Module):
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The m×n view of a weight, or of anything shaped like it; m counts outputs."""
-        return weight.reshape(weight.shape[0], -1)
+        return weight.flatten(1)
 
     def from_matrix(self, matrix: Tensor, slot: Slot) -> Tensor:
         """The inverse of `to_matrix`."""
@@ -78,21 +78,24 @@ class LowRankModule(nn.Module):
         for slot in self.slots:
             weight = state_dict.get(prefix + slot.weight)
             if weight is not None and self.is_lowrank(slot):
-                _replace_by_factors(state_dict, prefix, slot, self._decompose(weight, slot))
+                del state_dict[prefix + slot.weight]
+                factors = self._decompose(weight, slot)
+                state_dict.update({prefix + name: value for name, value in zip(slot.names, factors, strict=True)})
             sigma = state_dict.get(prefix + slot.names[1])
-            if sigma is not None and tuple(sigma.shape) != self._sigma_shape(slot):
+            if sigma is not None and holds(self, slot) and sigma.shape != self._sigma_shape(slot):
                 self.resize(slot, int(sigma.shape[0]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _sigma_shape(self, slot: Slot) -> tuple[int, ...] | None:
+    def _sigma_shape(self, slot: Slot) -> torch.Size | None:
         sigma = self._parameters.get(slot.names[1])
-        return None if sigma is None else tuple(sigma.shape)
+        return None if sigma is None else sigma.shape
 
-    def _decompose(self, weight: Tensor, slot: Slot) -> SVD:
+    def _decompose(self, weight: Tensor, slot: Slot) -> Factors:
         """A dense weight for a factored slot: as many directions as it has, so that nothing is lost."""
         u, s, vh = svd(self.to_matrix(weight))
         k = max(1, numerical_rank(s, (u.shape[0], vh.shape[1])))
-        return SVD(u[:, :k], s[:k], vh[:k])
+        dtype = self.factors(slot).sigma.dtype
+        return Factors(*(part.to(dtype) for part in (u[:, :k], torch.diag(s[:k]), vh[:k])))
 
     def resize(self, slot: Slot, rank: int) -> None:
         """Gives a slot factors of this rank with contents still to come (from a state dict)."""
@@ -127,10 +130,11 @@ def _refreeze(u: Tensor, vh: Tensor, layer: str) -> None:
         factor.grad = None
 
 
-def _replace_by_factors(state: dict[str, Any], prefix: str, slot: Slot, parts: SVD) -> None:
-    weight = state.pop(prefix + slot.weight)
-    values = (parts.u, torch.diag(parts.s), parts.vh)
-    state.update({prefix + name: value.to(weight.dtype) for name, value in zip(slot.names, values, strict=True)})
+def holds(module: nn.Module, slot: Slot) -> bool:
+    """Whether a module has this weight at all, dense or factored: attention has one packed, or three separate."""
+    if isinstance(module, LowRankModule) and module.is_lowrank(slot):
+        return True
+    return module._parameters.get(slot.weight) is not None
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -194,8 +198,8 @@ def _empty_layer(dense_class: type[nn.Module]) -> nn.Module:
 
 
 def _weight_property(slot: Slot) -> property:
-    def read(self: LowRankModule) -> Tensor:
-        return self.dense_weight(slot)
+    def read(self: LowRankModule) -> Tensor | None:
+        return self.dense_weight(slot) if self.is_lowrank(slot) else self._parameters[slot.weight]
 
     return property(read, doc=f"The dense {slot.weight}, rebuilt from its factors where it has been converted.")
 

@@ -96,12 +96,24 @@ def carry(optimizer: Optimizer, change: BasisChange, old_shape: torch.Size, old_
     if unknown:
         _reset(optimizer, change, unknown)
         return
-    eps = float(optimizer.defaults.get("eps") or 0.0)
+    eps = optimizer.defaults.get("eps")
+    eps = eps if isinstance(eps, float) else 0.0
     length = _adam_step(state, eps)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.numel() and value.shape == old_shape and key in STATE_RULES:
-            state[key] = STATE_RULES[key](change, value)
+    carried = {key: STATE_RULES[key](change, value) for key, value in state.items() if _is_like(value, old_shape)}
+    if "grad_avg" in carried:
+        carried["square_avg"] = _centred_square(change, state["square_avg"], state["grad_avg"])
+    state.update(carried)
     _bound_adam_step(state, eps, length)
+
+
+def _is_like(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
+
+
+def _centred_square(change: BasisChange, square: Tensor, mean: Tensor) -> Tensor:
+    """RMSprop takes the root of square − mean², so it is the variance that goes by the squares."""
+    variance = (square - mean.square()).clamp_min(0)
+    return change.squared(variance) + change.linear(mean).square()
 
 
 def _adam_step(state: Mapping[str, Any], eps: float) -> float:
@@ -124,9 +136,9 @@ def _bound_adam_step(state: dict[str, Any], eps: float, length: float) -> None:
 
 def _unknown(key: str, value: Any, old_shape: torch.Size) -> bool:
     """State that no rule covers: neither a number nor shaped like the parameter under a known name."""
-    if not isinstance(value, Tensor) or (value.ndim == 0 and len(old_shape) > 0):
+    if not isinstance(value, Tensor) or value.ndim == 0:
         return False
-    return key not in STATE_RULES or value.shape != old_shape
+    return key not in STATE_RULES or not _is_like(value, old_shape)
 
 
 def _reset(optimizer: Optimizer, change: BasisChange, unknown: list[str]) -> None:

@@ -69,7 +69,7 @@ def dense(factors: Factors) -> Tensor:
 def in_compute_dtype(x: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
     """Brings input and factors to autocast's type, where autocast is on, as F.linear would."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x, factors
     target = torch.get_autocast_dtype(kind)
     return x.to(target), Factors(*(factor.to(target) for factor in factors))
@@ -137,7 +137,7 @@ class ConvGeometry(NamedTuple):
         """The number of output positions for an input of this spatial size."""
         per_axis = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return prod(
-            (length + 2 * pad - step * (width - 1) - 1) // stride + 1 for length, width, stride, pad, step in per_axis
+            [(length + 2 * pad - step * (width - 1) - 1) // stride + 1 for length, width, stride, pad, step in per_axis]
         )
 
 
@@ -154,7 +154,7 @@ def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: Conv
     u, _, vh = factors
     kernel, stride, padding, dilation, groups = geometry
     rows = x.shape[0] * geometry.positions(tuple(x.shape[2:]))
-    channels = x.shape[1] // groups
+    channels = vh.shape[1] // prod(kernel)
     training = wants_gradient(x, factors)
     if not through_factors(rows, u.shape[0], vh.shape[1], u.shape[1], groups=groups, training=training):
         weight = dense(factors).view(u.shape[0], channels, *kernel)
@@ -173,13 +173,18 @@ class _FrozenConvolution(torch.autograd.Function):
     torch's own keeps the input for the gradient of the weight even where that is not wanted.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, filters: Tensor, geometry: ConvGeometry) -> Tensor:
+    def forward(x: Tensor, filters: Tensor, geometry: ConvGeometry) -> Tensor:
         kernel, stride, padding, dilation, groups = geometry
-        ctx.save_for_backward(filters)
-        ctx.geometry = geometry
-        ctx.input_shape = x.shape
         return _CONVOLUTIONS[len(kernel)](x, filters, None, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, filters, ctx.geometry = inputs
+        ctx.input_shape = x.shape
+        ctx.save_for_backward(filters)
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, None, None]:
@@ -208,11 +213,16 @@ class _FrozenConvolution(torch.autograd.Function):
 class _SigmaThenUChannels(torch.autograd.Function):
     """As `_SigmaThenU`, for channels in the second place: h (N, groups·k, *size), y (N, m, *size)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, h: Tensor, sigma: Tensor, u: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        ctx.save_for_backward(h, sigma, u)
-        ctx.groups = groups
+    def forward(h: Tensor, sigma: Tensor, u: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         return _pointwise(h, u @ sigma, bias, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, sigma, u, _, ctx.groups = inputs
+        ctx.save_for_backward(h, sigma, u)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,6 +245,6 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> T
 
 def _outer(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """Σ over images, groups and positions of a bᵀ: (k, k) from two (N, groups·k, *size)."""
-    a, b = (t.reshape(t.shape[0], groups, t.shape[1] // groups, -1) for t in (a, b))
+    a, b = (t.unflatten(1, (groups, -1)).flatten(3) for t in (a, b))
     total: Tensor = torch.tensordot(a, b, dims=([0, 1, 3], [0, 1, 3]))
     return total

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from hpclr.lowrank.factors import SVD, svd
 from hpclr.lowrank.kinds import kind_of, lowrank_class, slots_of
-from hpclr.lowrank.layers import LowRankModule, Slot, install, uninstall
+from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, uninstall
 from hpclr.lowrank.product import Factors
 
 DEFAULT_MAX_ASPECT = 10.0
@@ -108,6 +108,7 @@ class WeightSite:
 class Selection:
     """Which weights of a model may be converted, and why the others may not."""
 
+    candidates: list[WeightSite] = field(default_factory=list)  # every weight of a kind that has a low-rank form
     eligible: list[WeightSite] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)  # layer name → reason, in registration order
     order: list[str] = field(default_factory=list)  # every layer that holds parameters
@@ -137,7 +138,7 @@ def select(
     """
     selection = Selection()
     shared = _shared_storage(model)
-    candidates = list(_sites(model, selection))
+    selection.candidates = candidates = list(_sites(model, selection))
     edges = {
         site.name for keep, site in zip((keep_first, keep_last), candidates[:1] + candidates[-1:], strict=False) if keep
     }
@@ -156,7 +157,7 @@ def select(
 def _sites(model: nn.Module, selection: Selection) -> Iterator[WeightSite]:
     """Every weight of an eligible kind; other layers with parameters go into the selection with the reason."""
     for name, module in model.named_modules():
-        found = [slot for slot in slots_of(module) if _holds(module, slot)]
+        found = [slot for slot in slots_of(module) if holds(module, slot)]
         for slot in found:
             stem = slot.stem.rstrip("_")
             site_name = ".".join(filter(None, (name, stem))) or _class_name(module)
@@ -170,12 +171,6 @@ def _sites(model: nn.Module, selection: Selection) -> Iterator[WeightSite]:
 def _class_name(module: nn.Module) -> str:
     cls = module.dense_class if isinstance(module, LowRankModule) else type(module)
     return cls.__name__
-
-
-def _holds(module: nn.Module, slot: Slot) -> bool:
-    if isinstance(module, LowRankModule) and module.is_lowrank(slot):
-        return True
-    return module._parameters.get(slot.weight) is not None
 
 
 def _why_no_site(module: nn.Module) -> str:
@@ -199,17 +194,19 @@ def _reason_against(
     if site.is_lowrank:
         return None
     weight = site.parameter
-    return _unsuitable(site.module, weight) or _unwanted(site, weight, shared, max_aspect)
+    return _unsuitable(site, weight) or _unwanted(site, weight, shared, max_aspect)
 
 
-def _unsuitable(module: nn.Module, weight: nn.Parameter) -> str | None:
-    if parametrize.is_parametrized(module):
+def _unsuitable(site: WeightSite, weight: Any) -> str | None:
+    if parametrize.is_parametrized(site.module):
         return "parametrised: its weight is computed from other parameters"
+    taken = [name for name in site.slot.names if hasattr(site.module, name)]
+    if taken:
+        return f"it has an attribute '{taken[0]}' of its own, the name of a factor"
     if is_lazy(weight):
         return "lazy: its shape is not known yet; run one batch through the model first"
-    cls: Any = type(weight)
-    if cls is not nn.Parameter:
-        return f"its weight is a {cls.__name__}, not a plain Parameter"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
     if not weight.is_floating_point():

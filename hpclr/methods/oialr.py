@@ -14,7 +14,7 @@ as if nothing had happened but the cut. Steps are those the optimiser has really
 """
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal
 
 import torch
@@ -198,7 +198,7 @@ class OIALR(Method):
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         try:
-            # in float64 rotations leave the orthonormal factors as they are; float32 rounding would add up over the checks
+            # float64, since the rounding of rotations adds up over the checks
             basis = svd(site.core().double() if site.is_lowrank else site.core())
         except FactorizationError:
             return Outcome(site.rank, None, None, failed=True)
@@ -275,9 +275,10 @@ class OIALR(Method):
         Load this first, then the model's state dict, then the optimiser's.
 
         Raises:
-            ValueError: if the state belongs to another model; names the first layers that differ.
+            ValueError: if the state belongs to another model; names the first layers that differ or are too small.
         """
-        differing = sorted(set(state["watched"]) ^ set(self._sites))[:3]
+        saved, largest = state["watched"], {name: min(site.shape) for name, site in self._sites.items()}
+        differing = sorted(n for n in saved.keys() | largest.keys() if saved.get(n, inf) > largest.get(n, 0))[:3]
         if differing:
             raise ValueError(
                 f"the saved state is of another model or other settings: layers {', '.join(differing)} differ"
@@ -289,5 +290,5 @@ class OIALR(Method):
                 site.densify()
         self._counter.taken = int(state["steps"])
         self._last_check, self.failures = int(state["last_check"]), int(state["failures"])
-        self._watched = {name: int(rank) for name, rank in state["watched"].items()}
+        self._watched = {name: int(rank) for name, rank in saved.items()}
         self._tracker.load_state_dict(state["stability"])

@@ -13,7 +13,7 @@ class VisionTransformer(nn.Module):
     """Patches, learned positions, `depth` transformer blocks, norm, pooling, head.
 
     Linear weights are drawn from a truncated normal law (0.02, the patch embedding 1/√fan_in),
-    biases are zero. The mini-ViT of OIALR's CIFAR-10 experiment is
+    positions from a normal law (0.5), biases are zero. The mini-ViT of OIALR's CIFAR-10 experiment is
     `patch=8, dim=768, depth=6, heads=6, mlp_ratio=4, qkv_bias=False`.
 
     Args:
@@ -85,9 +85,9 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02 if isinstance(module, nn.Linear) else fan_in**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for parameter in (self.positions, self.cls):
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
+        nn.init.normal_(self.positions, std=0.5)  # half of what a patch contributes: with less, places are learnt late
+        if self.cls is not None:
+            nn.init.trunc_normal_(self.cls, std=0.02)
 
 
 class Block(nn.Module):

@@ -124,8 +124,8 @@ def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader
 def _check_validation(run: RunFile, valid: Loader | None) -> None:
     if valid is None and run.validation.patience is not None:
         raise UsageError(
-            f"validation.patience asks for early stopping, but {run.data.path} has no validation split; prepare the data "
-            "with --valid-fraction, or take validation.patience out"
+            f"validation.patience asks for early stopping, but {run.data.path} has no validation split; prepare the "
+            "data with --valid-fraction, or take validation.patience out"
         )
 
 
@@ -140,9 +140,10 @@ def build_model(run: RunFile, dataset: Dataset, loader: Loader | None = None) ->
         return import_target(section)
     options = msgspec.structs.asdict(section)
     name = options.pop("name")
-    return _usage(
+    model: nn.Module = _usage(
         "model", lambda: models.build(name, sample_shape=dataset.sample_shape, classes=len(dataset.classes), **options)
     )
+    return model
 
 
 def import_target(section: Target) -> nn.Module:

@@ -86,13 +86,13 @@ def choose_device(wanted: str) -> torch.device:
 def seed_everything(seed: int) -> None:
     """Every generator that a model might draw from."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - for models that use numpy's global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_states() -> dict[str, Any]:
     """The states of all generators, to continue from exactly."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     states: dict[str, Any] = {
         "python": list(random.getstate()),
         "numpy": [name, [int(key) for key in keys], position, has_gauss, gauss],
@@ -108,7 +108,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     form, internal, gauss = states["python"]
     random.setstate((form, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

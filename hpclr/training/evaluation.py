@@ -30,7 +30,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     if not directory.is_dir():
         raise UsageError(f"{path}: no such checkpoint file or run directory")
     store = CheckpointStore(directory)
-    found = store.best() if best else store.newest()
+    steps = store.steps()
+    found = store.best() if best else (store.path(max(steps)) if steps else None)
     if found is None:
         raise UsageError(f"{directory} holds no {'best ' if best else ''}checkpoint")
     return found
@@ -77,7 +78,9 @@ def evaluate_checkpoint(
 def _model(run: RunFile, dataset: Dataset, tree: Tree) -> nn.Module:
     """The model with the weights that the run itself would be judged by: averaged ones where it keeps them."""
     model = build_model(run, dataset)
-    load_state_dict(model.to(torch.float64 if run.train.precision == "float64" else torch.float32), tensors(tree["model"]))
+    load_state_dict(
+        model.to(torch.float64 if run.train.precision == "float64" else torch.float32), tensors(tree["model"])
+    )
     if run.train.ema is not None:
         ema = EMA(model, run.train.ema)
         ema.load_state_dict(from_tree(tree["ema"]))

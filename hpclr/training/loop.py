@@ -2,12 +2,10 @@
 
 import time
 import warnings
-from dataclasses import asdict
-from math import isfinite
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpclr.checkpoint import CheckpointStore
 from hpclr.data import Batch, Loader
@@ -15,12 +13,13 @@ from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
 from hpclr.lowrank import summarize
 from hpclr.training.assembly import Assembly, steps_between_validations
-from hpclr.training.metrics import MetricsFile
+from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.schedules import set_learning_rate
 from hpclr.training.state import Position, capture
 from hpclr.training.stopping import StopRequests
+from hpclr.training.summary import summary_of
 from hpclr.training.tasks import Score
 
 
@@ -42,6 +41,7 @@ class Trainer:
         self.metrics = MetricsFile(directory.metrics)
         self.stop = StopRequests()
         self._validate_every = steps_between_validations(parts.run, len(parts.loader))
+        self.losses = LossLog(self.metrics, shown, every=1 if parts.device.type == "cpu" else 10)
         self._clock = time.monotonic()
         self._saved_at: int | None = None
 
@@ -58,11 +58,12 @@ class Trainer:
             if self.position.step == 0:
                 self._save()  # a full disk or a missing permission shows now, not after an hour
             while not self._at_end():
-                loss = self._take_step()
+                self._take_step()
+                if self.losses.full:
+                    self._settle_losses()
                 self._adapt()
                 improved = self._validate_if_due()
                 self._save_if_due(improved)
-                self.shown.step(self.position.step, loss)
                 if self.stop.reason and not self._at_end():
                     self._leave()
             self._finish()
@@ -72,8 +73,8 @@ class Trainer:
         tired = patience is not None and self.position.validations_since_best >= patience
         return tired or self.position.step >= self.parts.total_steps
 
-    def _take_step(self) -> float:
-        """One optimiser step on one global batch; returns its mean loss."""
+    def _take_step(self) -> None:
+        """One optimiser step on one global batch."""
         parts, step = self.parts, self.position.step
         epoch, index = divmod(step, len(parts.loader))
         rate = parts.learning_rate(step)
@@ -81,23 +82,21 @@ class Trainer:
         loss = self._accumulate(parts.loader.batch(epoch, index).to(parts.device))
         if parts.run.train.clip_norm is not None:
             parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
-        self._require_finite(loss, step + 1)
         parts.precision.step(parts.optimizer)
         parts.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
-        self.metrics.append("train", self.position.step, epoch=epoch, loss=loss, lr=rate)
-        return loss
+        self.losses.add(self.position.step, loss, epoch=epoch, lr=rate)
 
-    def _accumulate(self, batch: Batch) -> float:
-        """Gradients of a batch, in pieces that fit in memory, each weighted by its samples."""
-        parts, total = self.parts, torch.zeros((), dtype=torch.float64)
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Gradients of a batch, in pieces that fit in memory, each weighted by its samples; the mean loss."""
+        parts, total = self.parts, torch.zeros((), dtype=torch.float64, device=self.parts.device)
         for piece in batch.split(parts.run.train.micro_batch or len(batch.y)):
             weight = len(piece.y) / len(batch.y)
             with parts.precision.context():
                 loss: Tensor = parts.task.loss(parts.model(piece.x), piece) * weight
-            total += loss.detach().double().cpu()
+            total += loss.detach()
             parts.precision.backward(loss + parts.method.penalty() * weight)
-        return float(total)
+        return total
 
     def _adapt(self) -> None:
         """What follows an optimiser step: the method's turn, then the averages'."""
@@ -111,7 +110,9 @@ class Trainer:
     def _record_check(self) -> None:
         sizes = summarize(self.parts.model, self.parts.optimizer)
         facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
-        self.metrics.append("check", self.position.step, **(sizes.as_dict() | {"ranks": self.parts.method.ranks} | facts))
+        self.metrics.append(
+            "check", self.position.step, **(sizes.as_dict() | {"ranks": self.parts.method.ranks} | facts)
+        )
         self.shown.note(
             f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "
             f"stored {sizes.stored_share:.1%} of dense"
@@ -121,11 +122,10 @@ class Trainer:
         """Validates where it is time to; returns whether the model is better than ever before."""
         if self.parts.valid is None or self.position.step % self._validate_every:
             return False
+        self._settle_losses()
         score = self._score(self.parts.valid)
         self.metrics.append("valid", self.position.step, loss=score.loss, accuracy=score.accuracy)
-        self.shown.note(
-            f"step {self.position.step}: validation accuracy {score.accuracy:.2%}, loss {score.loss:.4f}"
-        )
+        self.shown.note(f"step {self.position.step}: validation accuracy {score.accuracy:.2%}, loss {score.loss:.4f}")
         best = self.position.best_accuracy
         if best is not None and score.accuracy <= best:
             self.position.validations_since_best += 1
@@ -152,20 +152,39 @@ class Trainer:
         """A checkpoint of this step; never two of one step."""
         if self._saved_at == self.position.step:
             return
+        self._settle_losses()
         self.position.finished = self._at_end()
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
-        _require_finite_weights(self.parts.model, self.position.step, self._last_good())
-        self.store.save(self.position.step, capture(self.parts, self.position), metric=self.position.best_accuracy, best=best)
+        self._require_finite_weights()
+        self.store.save(
+            self.position.step, capture(self.parts, self.position), metric=self.position.best_accuracy, best=best
+        )
         self._saved_at = self.position.step
 
-    def _require_finite(self, loss: float, step: int) -> None:
-        if not isfinite(loss):
+    def _settle_losses(self) -> None:
+        """Writes the losses that are still on the device.
+
+        Raises:
+            TrainingDivergedError: if one of them is not finite.
+        """
+        bad = self.losses.flush()
+        if bad is not None:
+            step, loss = bad
             raise TrainingDivergedError(
                 f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} A lower optimizer.lr, "
                 "train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
             )
+
+    def _require_finite_weights(self) -> None:
+        """No checkpoint holds weights that are not finite."""
+        for name, value in self.parts.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise TrainingDivergedError(
+                    f"after step {self.position.step} '{name}' is no longer finite; training cannot go on, and this "
+                    f"state is not saved. {self._last_good()}"
+                )
 
     def _last_good(self) -> str:
         steps = self.store.steps()
@@ -182,38 +201,17 @@ class Trainer:
 
     def _finish(self) -> None:
         """The test score and the summary, after the last checkpoint."""
-        parts = self.parts
-        test = self._score(parts.test) if parts.test is not None else None
-        example = parts.example()
-        sizes = summarize(parts.model, parts.optimizer, example)
-        summary = {
-            "name": parts.run.name,
-            "method": parts.run.method.name,
-            "steps": self.position.step,
-            "seconds": round(self.position.seconds, 2),
-            "test": test._asdict() if test else None,
-            "best_validation": {"accuracy": self.position.best_accuracy, "step": self.position.best_step},
-            "sizes": sizes.as_dict() | {"flops_samples": len(example)},
-            "layers": [asdict(layer) for layer in sizes.layers],
-        }
+        test = self._score(self.parts.test) if self.parts.test is not None else None
+        summary = summary_of(self.parts, self.position, test)
         self.metrics.append("final", self.position.step, **summary)
         write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
-
-
-def _require_finite_weights(model: nn.Module, step: int, last_good: str) -> None:
-    """No checkpoint holds weights that are not finite."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise TrainingDivergedError(
-                f"at step {step} '{name}' is no longer finite, so the run is not saved and cannot go on. {last_good}"
-            )
 
 
 def warn_of_changed_threads(saved: int, now: int) -> None:
     """Thread counts change the last bits of decompositions and sums."""
     if saved != now:
         warnings.warn(
-            f"this run was saved with {saved} threads and continues with {now}: results stay right but not equal to the "
-            "bit; train.threads sets the number",
+            f"this run was saved with {saved} threads and continues with {now}: results stay right but not equal to "
+            "the bit; train.threads sets the number",
             stacklevel=2,
         )

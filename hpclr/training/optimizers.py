@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,8 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
     options = _options(section)
     _check_options(cls, options)
     try:
-        return cls([p for p in parameters if p.requires_grad], lr=section.lr, **options)
+        optimizer: Optimizer = cast(Any, cls)([p for p in parameters if p.requires_grad], lr=section.lr, **options)
+        return optimizer
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer: torch.optim.{cls.__name__} refuses its options: {error}") from error
 

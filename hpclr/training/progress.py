@@ -3,7 +3,6 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,10 +16,8 @@ class Display(ABC):
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to close by default."""
+    def __exit__(self, *exception: object) -> None:  # noqa: B027 - most displays have nothing to close
+        """Closes the display."""
 
     @abstractmethod
     def step(self, step: int, loss: float) -> None:

@@ -12,7 +12,7 @@ from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile
 from hpclr.training.progress import display
 from hpclr.training.run_directory import RunDirectory
-from hpclr.training.state import Position, position_of, restore
+from hpclr.training.state import Position, from_tree, position_of, restore
 
 
 def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
@@ -40,13 +40,13 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
 
 def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
     store = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep)
-    saved = store.load_newest() if directory.checkpoints.is_dir() else None
+    store.sweep()
+    saved = store.load_newest()
     if saved is not None and _is_finished(saved, parts) and directory.summary.exists():
         print(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over", file=sys.stderr)
         return
     position = _resume(parts, saved, directory) if saved is not None else Position()
     directory.create(parts.run, record(parts.device, parts.threads))
-    store.sweep()
     MetricsFile(directory.metrics).rewind(position.step)
     with display(parts.run.name, parts.total_steps, position.step) as shown:
         if saved is not None:
@@ -60,13 +60,13 @@ def _is_finished(saved: Loaded, parts: Assembly) -> bool:
 
 
 def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position:
-    data = saved.tree["data"].value
+    data = from_tree(saved.tree["data"])
     if data["digest"] != parts.dataset.digest:
         raise UsageError(
             f"{directory.path} was trained on data with digest {data['digest'][:12]}…, but {parts.run.data.path} has "
             f"{parts.dataset.digest[:12]}…; give the run its data back, or start over with --fresh"
         )
-    warn_of_changed_threads(saved.tree["environment"].value["threads"], parts.threads)
+    warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.threads)
     position = restore(parts, saved.tree)
     position.finished = False
     return position

@@ -48,13 +48,13 @@ class RunDirectory:
         """
         if not self.exists:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UsageError(f"{self.path} exists but is not the directory of a run; name the run otherwise (name=…)")
+                raise UsageError(f"{self.path} exists but is not the directory of a run; choose another name")
             return
         listed = differences(load_run_file(self.run_file), asked)
         if listed:
             raise UsageError(
-                f"{self.path} holds a run of another run file. What differs: {'; '.join(listed)}. Give this run a name of "
-                "its own (name=…), take the changes back, or start over with --fresh (the old run is set aside)."
+                f"{self.path} holds a run of another run file. What differs: {'; '.join(listed)}. Give this run a "
+                "name of its own (name=…), take the changes back, or start over with --fresh (the old run is set aside)."
             )
 
     def set_aside(self) -> Path | None:
@@ -76,7 +76,7 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_whole(self.run_file, dump(run).encode())
-            attempts = self.attempts() + [environment]
+            attempts = [*self.attempts(), environment]
             write_whole(self.environment, msgspec.json.format(msgspec.json.encode({"attempts": attempts}), indent=2))
         except OSError as error:
             raise RetryableError(f"cannot write the run directory {self.path}: {error}") from error

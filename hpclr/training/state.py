@@ -72,10 +72,11 @@ def position_of(tree: Tree) -> Position:
 
 def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tree:
     """State by parameter name, so that a file can be read without knowing the optimiser's order of parameters."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[p]: values for p, values in optimizer.state.items() if p in names}
     groups = [
-        {key: value for key, value in group.items() if key != "params"} | {"params": [names[p] for p in group["params"]]}
+        {key: value for key, value in group.items() if key != "params"}
+        | {"params": [names[p] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
     return {"state": _to_tree(state), "groups": Json(_plain(groups))}

@@ -34,7 +34,8 @@ class Classification:
         if batch.y_mixed is None:
             return loss
         mixed = F.cross_entropy(outputs, batch.y_mixed, label_smoothing=self.label_smoothing)
-        return batch.lam * loss + (1 - batch.lam) * mixed
+        both: Tensor = batch.lam * loss + (1 - batch.lam) * mixed
+        return both
 
     @torch.no_grad()
     def score(self, model: nn.Module, loader: Loader, precision: Precision) -> Score:

@@ -9,12 +9,14 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from hpclr.checkpoint import CheckpointStore, Json, load_file
+from hpclr.checkpoint.digest import sha256_of, write_sidecar
 from hpclr.errors import RetryableError, UsageError
 
 FORK = multiprocessing.get_context("fork")
@@ -53,11 +55,12 @@ def left_overs(store):
 
 def save_under_failpoint(directory, name, step):
     os.environ["HPCLR_FAILPOINT"] = name
-    CheckpointStore(directory, keep=2).save(step, tree_of(step))
+    # the metric makes the content another one than that which it may replace
+    CheckpointStore(directory, keep=2).save(step, tree_of(step), metric=0.5)
 
 
 @pytest.mark.parametrize(
-    ("name", "replaced", "newest"),
+    ("name", "saved_step", "newest"),
     [
         ("after_data", 3, 2),
         ("after_digest", 3, 2),
@@ -70,17 +73,37 @@ def save_under_failpoint(directory, name, step):
         ("after_commit", 2, 2),
     ],
 )
-def test_killed_at_a_failpoint(tmp_path, name, replaced, newest):
+def test_killed_at_a_failpoint(tmp_path, name, saved_step, newest):
     store = saved(tmp_path / "c", 1, 2)
-    child = FORK.Process(target=save_under_failpoint, args=(store.directory, name, replaced))
+    child = FORK.Process(target=save_under_failpoint, args=(store.directory, name, saved_step))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     store.sweep()
     assert_holds(store.load_newest(), newest)
-    assert {name for name in left_overs(store) if ".bad" not in name} == set()
+    set_aside = {f"step-00000003.h5.bad{end}" for end in ("", ".reason")}
+    assert left_overs(store) == (set_aside if (name, saved_step) == ("after_rename", 3) else set())
     saved(store.directory, 3)
     assert_holds(store.load_newest(), 3)
+
+
+def test_killed_twice_while_replacing(tmp_path):
+    store = saved(tmp_path / "c", 1, 2)
+    path = store.path(2)
+    write_sidecar(path, sha256_of(path), "0" * 64)  # announced, but the new content never came
+    assert_holds(store.load_newest(), 2)
+    child = FORK.Process(target=save_under_failpoint, args=(store.directory, "after_announcement", 2))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert_holds(store.load_newest(), 2)
+    saved(store.directory, 2)
+    assert load_file(path).step == 2
+    assert sidecar_lines(path) == 1
+
+
+def sidecar_lines(path):
+    return path.with_name(path.name + ".sha256").read_text().count("\n")
 
 
 def save_for_ever(directory, acknowledge):
@@ -230,13 +253,14 @@ def save_within(directory, limit, report):
         first = str(error)
     remaining = left_overs(store)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    open_files = [
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if fd.isdigit() and int(fd) > 2 and os.path.exists(f"/proc/self/fd/{fd}")
-    ]
+    still_open = open_checkpoints()
     store.save(4, tree_of(4))
-    report.put((first, remaining, [name for name in open_files if "step-" in name]))
+    report.put((first, remaining, still_open))
+
+
+def open_checkpoints():
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.islink(link) and "step-" in os.readlink(link)]
 
 
 @pytest.mark.parametrize("limit", [0, 10, 60, 500, 4_000, 20_000, 40_000])
@@ -245,14 +269,38 @@ def test_a_write_that_fails_midway(tmp_path, limit):
     report = FORK.Queue()
     child = FORK.Process(target=save_within, args=(store.directory, limit, report))
     child.start()
-    message, remaining, open_files = report.get(timeout=60)
+    message, remaining, still_open = report.get(timeout=60)
     child.join()
-    assert child.exitcode == 0  # HDF5 left to itself crashes here
+    assert child.exitcode == 0
     assert "step 3 could not be saved: File too large" in message
     assert "Free space" in message
-    assert (remaining, open_files) == (set(), [])
+    assert (remaining, still_open) == (set(), [])
     assert store.steps() == [2, 4]
     assert_holds(store.load_newest(), 4)
+
+
+FAIL_AGAIN_AND_AGAIN = """
+import resource, sys, torch
+from pathlib import Path
+from hpclr.checkpoint import CheckpointStore
+from hpclr.errors import RetryableError
+
+store = CheckpointStore(Path(sys.argv[1]))
+tree = {f"layers.{i}.weight": torch.ones(100, 100) for i in range(50)}
+for limit in (100, 3_000, 50_000, 600_000, 1_900_000) * 4:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    try:
+        store.save(1, tree)
+    except RetryableError:
+        print("refused")
+"""
+
+
+def test_a_process_whose_writes_failed_ends_in_peace(tmp_path):
+    command = [sys.executable, "-c", FAIL_AGAIN_AND_AGAIN, str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")  # HDF5 that sees a write fail crashes at exit
+    assert done.stdout == "refused\n" * 20
 
 
 @pytest.fixture

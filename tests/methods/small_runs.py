@@ -45,11 +45,11 @@ def sites(model: nn.Module) -> dict[str, WeightSite]:
 
 
 def matrix(site: WeightSite) -> Tensor:
-    """The weight as a dense m×n matrix, a copy; of a factored layer the product, in float64."""
+    """The weight as a dense m×n matrix, a copy in float64; of a factored layer the product, without its rounding."""
     if not site.is_lowrank:
-        return site.core().clone()
+        return site.core().double().clone()
     u, sigma, vh = (factor.detach().double() for factor in site.factors)
-    return (u @ sigma @ vh).to(torch.promote_types(site.parameter.dtype, torch.float32))
+    return u @ sigma @ vh
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Small matrices are quickest on one thread, and one thread gives the same bits everywhere."""
     before = torch.get_num_threads()

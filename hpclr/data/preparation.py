@@ -1,0 +1,179 @@
+"""Preparing data: from a source in any known format to one HDF5 file, block by block."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hpclr.data.hashing import Stream, key
+from hpclr.data.layout import FIELDS, SPLITS, Array, fault_in
+from hpclr.data.order import permute
+from hpclr.data.readers import open_source
+from hpclr.data.source import Block, Source, reading
+from hpclr.data.writer import DatasetWriter, replacing
+from hpclr.errors import UsageError
+
+Progress = Callable[[int, int], None]  # rows done, rows in all
+
+_VALID_FRACTION = 0.1  # of the training split, where the source has no validation split of its own
+_TARGETS = {"train": ("train", "valid"), "valid": ("valid",), "test": ("test",)}  # part → splits it goes to
+_DROPPED = -1
+
+
+def prepare(
+    reader: str,
+    source: Path | None,
+    out: Path,
+    *,
+    valid_fraction: float | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    limit: int | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, int]:
+    """Writes a data set as a dataset file, which is there whole at the end or not at all.
+
+    Args:
+        reader: one of `hpclr.data.readers.READERS`.
+        source: the file or folder to read; None for data that comes with a package.
+        out: the file to write.
+        valid_fraction: share of the training samples that become the validation split, chosen by `seed`; by
+            default 0.1, or 0 where the source has such a split.
+        seed: chooses the validation samples, and those that `limit` keeps.
+        image_size: side in pixels to which pictures are brought.
+        limit: at most so many samples of each split: a random choice, of a time series the first rows.
+        force: replace `out` if it is there.
+        progress: called after every block.
+
+    Returns:
+        split → number of samples in the file.
+
+    Raises:
+        UsageError: for a source, an option or an output file that cannot be used; names file and index.
+        RetryableError: if the disk is full or fails.
+    """
+    _check_free(out, force)
+    data = open_source(reader, source, image_size)
+    roles = _roles(data, _valid_fraction(data, valid_fraction), seed, limit)
+    sizes = {split: count for split in SPLITS if (count := _count(roles, split))}
+    rows = sum(sizes.values())
+    size_bytes = rows * (int(np.prod(data.row_shape)) * np.dtype(data.dtype).itemsize + 8)
+    with replacing(out, size_bytes) as temporary:
+        with DatasetWriter(temporary, data, sizes) as writer:
+            for part in data.parts:
+                _copy(data, part, roles, writer, progress)
+            writer.finish()
+        _check_free(out, force)
+    return sizes
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise UsageError(f"{out}: is a directory. Name the HDF5 file to write, such as {out / 'data.h5'}")
+    if out.exists() and not force:
+        raise UsageError(f"{out}: the file exists already. Give --force to replace it, or name another file.")
+
+
+def _valid_fraction(source: Source, asked: float | None) -> float:
+    own = "valid" in source.parts
+    if asked and own:
+        raise UsageError(
+            f"--valid-fraction {asked}: the source has a validation split of {source.parts['valid'].size} rows. "
+            "Leave the option out to use that one."
+        )
+    if asked is not None and not 0 <= asked < 1:
+        raise UsageError(f"--valid-fraction: expected 0 or more and less than 1, found {asked}")
+    if asked is None:
+        return 0.0 if own else _VALID_FRACTION
+    return asked
+
+
+def _roles(source: Source, valid_fraction: float, seed: int, limit: int | None) -> dict[str, Array]:
+    """For every row of every part the index, in `_TARGETS`, of the split it goes to, or _DROPPED."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit: expected at least 1, found {limit}")
+    roles = {}
+    for number, part in enumerate(source.parts):
+        size = source.parts[part].size
+        if not size:
+            raise UsageError(f"the source has no sample in its {part} split; expected at least 1")
+        kept = min(size, limit or size)
+        order = _order(source, size, kept, seed, number)
+        roles[part] = np.full(size, _DROPPED, dtype=np.int8)
+        roles[part][order[:kept]] = 0
+        if part == "train" and valid_fraction:
+            roles[part][order[: _held_out(valid_fraction, kept)]] = 1
+    return roles
+
+
+def _order(source: Source, size: int, kept: int, seed: int, number: int) -> Array:
+    """Rows in the order in which they are chosen; a time series stays in one piece."""
+    positions = np.arange(kept)
+    return positions if source.task == "forecasting" else permute(key(seed, number, Stream.SPLIT), positions, size)
+
+
+def _held_out(fraction: float, kept: int) -> int:
+    count = max(1, round(fraction * kept))
+    if count >= kept:
+        raise UsageError(
+            f"--valid-fraction {fraction} of {kept} training samples is {count}, which leaves none to train on. "
+            "Take a smaller fraction, or more samples."
+        )
+    return count
+
+
+def _count(roles: dict[str, Array], split: str) -> int:
+    """Rows that go to a split, from whichever part."""
+    return sum(
+        int(np.count_nonzero(roles[part] == _TARGETS[part].index(split))) for part in roles if split in _TARGETS[part]
+    )
+
+
+def _copy(source: Source, part: str, roles: dict[str, Array], writer: DatasetWriter, progress: Progress) -> None:
+    """Checks and writes one part of the source."""
+    names = list(source.parts)
+    before = sum(source.parts[name].size for name in names[: names.index(part)])
+    total = sum(known.size for known in source.parts.values())
+    done = 0
+    for block in _blocks(source, part):
+        count = len(block.arrays[FIELDS[source.task][0]])
+        _check(block, len(source.names))
+        where = roles[part][done : done + count]
+        for index, split in enumerate(_TARGETS[part]):
+            rows = where == index
+            if rows.any():
+                writer.append(split, {field: values[rows] for field, values in block.arrays.items()})
+        done += count
+        progress(before + done, total)
+    _check_complete(source, part, done)
+
+
+def _blocks(source: Source, part: str) -> Iterator[Block]:
+    """The blocks of a part; what reading raises is told from what writing raises."""
+    blocks = source.parts[part].blocks()
+    while True:
+        with reading(f"{source.origin}, {part} split"):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
+
+
+def _check(block: Block, classes: int) -> None:
+    fault = fault_in(block.arrays, classes)
+    if fault is not None:
+        row, what = fault
+        raise UsageError(
+            f"{block.file}: sample {block.first + row} (from 0): {what}. Nothing was written; "
+            "repair or remove the sample."
+        )
+
+
+def _check_complete(source: Source, part: str, done: int) -> None:
+    expected = source.parts[part].size
+    if done != expected:
+        raise UsageError(
+            f"{source.origin}: the {part} split ends early: expected {expected} rows, found {done}. "
+            "Fetch the data again."
+        )

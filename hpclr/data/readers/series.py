@@ -1,0 +1,118 @@
+"""Time series in CSV: one row a time step, numeric columns, perhaps a date in the first."""
+
+import csv
+import io
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hpclr.data.layout import BLOCK_BYTES, Array, rows_in
+from hpclr.data.source import Block, Part, Source, open_binary, reading
+from hpclr.errors import UsageError
+
+_SHARES = {"train": 0.7, "valid": 0.1}  # in time; the rest is the test split
+_DELIMITERS = ",;\t"
+
+
+class _Table(NamedTuple):
+    """How a file is to be read."""
+
+    path: Path
+    delimiter: str
+    header: list[str]  # empty if the first line is data already
+    skip: int  # columns before the numbers: 1 with a date, else 0
+    width: int  # columns of numbers
+
+
+def read(path: Path) -> Source:
+    """A CSV file, gzipped or xz-compressed or neither, split 70/10/20 in time.
+
+    Raises:
+        UsageError: for a file without rows of numbers; while reading, with the row and column of what is no number.
+    """
+    with reading(path):
+        table = _table(path)
+        count = sum(1 for _ in _lines(table))
+    if count < 10:
+        raise UsageError(f"{path}: expected at least 10 rows to split 70/10/20 in time, found {count}")
+    bounds = [0, int(_SHARES["train"] * count), int((_SHARES["train"] + _SHARES["valid"]) * count), count]
+    splits = zip(("train", "valid", "test"), bounds, bounds[1:], strict=False)
+    parts = {split: _part(table, first, last) for split, first, last in splits}
+    names = table.header[table.skip :] or [str(column) for column in range(table.width)]
+    return Source("forecasting", names, (table.width,), "float32", parts)
+
+
+def _table(path: Path) -> _Table:
+    plain = _Table(path, ",", [], 0, 0)
+    first, second = [*islice(_lines(plain), 2), "", ""][:2]
+    delimiter = max(_DELIMITERS, key=first.count)
+    head, row = _cells(first, delimiter), _cells(second, delimiter)
+    header = [] if _is_number(head[-1]) else head
+    skip = 0 if _is_number(row[0]) else 1
+    if len(row) <= skip or len(head) != len(row):
+        raise UsageError(
+            f"{path}: expected rows of numbers separated by comma, semicolon or tab, with or without a line of names "
+            f"above and a date in front; found '{first[:60]}' and then '{second[:60]}'"
+        )
+    return _Table(path, delimiter, header, skip, len(row) - skip)
+
+
+def _lines(table: _Table) -> Iterator[str]:
+    """The lines that hold data; empty ones do not count."""
+    with io.TextIOWrapper(open_binary(table.path), encoding="utf-8-sig", errors="replace") as file:
+        lines = (line for line in file if line.strip())
+        yield from islice(lines, 1 if table.header else 0, None)
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line.strip("\r\n")], delimiter=delimiter), [""])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _part(table: _Table, first: int, last: int) -> Part:
+    def blocks() -> Iterator[Block]:
+        rows = rows_in(BLOCK_BYTES, (table.width,), 4)
+        lines = islice(_lines(table), first, last)
+        start = first
+        while block := list(islice(lines, rows)):
+            yield Block({"series": _numbers(block, table, start)}, table.path, start)
+            start += len(block)
+
+    return Part(last - first, blocks)
+
+
+def _numbers(lines: list[str], table: _Table, start: int) -> Array:
+    columns = range(table.skip, table.skip + table.width)
+    try:
+        return np.loadtxt(
+            lines, dtype=np.float32, delimiter=table.delimiter, usecols=columns, ndmin=2, quotechar='"', comments=None
+        )
+    except ValueError as error:
+        raise UsageError(f"{table.path}: {_first_fault(lines, table, start)}") from error
+
+
+def _first_fault(lines: list[str], table: _Table, start: int) -> str:
+    """Where the fast reading failed, and on what."""
+    width = table.skip + table.width
+    for row, line in enumerate(lines, start):
+        cells = _cells(line, table.delimiter)
+        if len(cells) < width:
+            return f"data row {row} (from 0) has {len(cells)} columns, expected {width}. Complete or remove the row."
+        for column, cell in enumerate(cells[table.skip : width], table.skip):
+            if not _is_number(cell):
+                name = table.header[column] if table.header else str(column)
+                return (
+                    f"column '{name}' of data row {row} (from 0): expected a number, found '{cell[:40]}'. "
+                    "Fill in or remove rows with missing values; remove columns without numbers."
+                )
+    return "a row could not be read as numbers"

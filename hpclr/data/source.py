@@ -1,0 +1,103 @@
+"""What a reader hands over: the splits of a data set as they lie on disk, read block by block."""
+
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+from zipfile import BadZipFile
+
+from hpclr.data.layout import Array
+from hpclr.errors import UsageError
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a split."""
+
+    arrays: dict[str, Array]  # field → rows: x and y, or series; all of one length
+    file: Path | str  # where they come from, for messages
+    first: int  # index of the first of them in that file
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split in the source."""
+
+    size: int
+    blocks: Callable[[], Iterator[Block]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is written.
+
+    Attributes:
+        names: the classes, in the order of the labels; for forecasting the columns.
+        row_shape: shape of one sample (C, H, W) or (F,); for forecasting (C,).
+        dtype: "uint8" or "float32", of x or series.
+        parts: "train" and "test", and "valid" where the source has one.
+        origin: the file or folder that was named, for messages.
+    """
+
+    task: str
+    names: list[str]
+    row_shape: tuple[int, ...]
+    dtype: str
+    parts: dict[str, Part]
+    origin: Path | str = ""
+
+
+def labelled(x: Array, y: Array, file: Path | str, first: int) -> Block:
+    """A block of samples and their labels."""
+    return Block({"x": x, "y": y}, file, first)
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file for reading, unpacked on the way if its name ends in .gz or .xz."""
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turns what a missing or damaged source file raises into a message for the person who named it."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, BadZipFile) as error:
+        raise UsageError(
+            f"{path}: the source cannot be read ({type(error).__name__}: {error}). "
+            "Check that the files are there, complete and readable."
+        ) from error
+
+
+def check_folder(folder: Path, expected: str) -> None:
+    """Refuses a source that is not a folder.
+
+    Raises:
+        UsageError: naming what was expected in it.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise UsageError(f"{folder}: expected a folder with {expected}, found {found} there. Name the folder itself.")
+
+
+def check_lengths(x_file: object, x_length: int, y_file: object, y_length: int) -> None:
+    """Refuses samples and labels of different numbers.
+
+    Raises:
+        UsageError: naming both files and both numbers.
+    """
+    if x_length != y_length:
+        raise UsageError(
+            f"{x_file} holds {x_length} samples but {y_file} holds {y_length} labels; there must be one label for "
+            "each sample. Check that the two belong together and are complete."
+        )
+
+
+def class_numbers(*labels: Array) -> list[str]:
+    """Names "0", "1", … for labels whose classes have none, up to the largest label seen."""
+    return [str(number) for number in range(1 + max((int(y.max()) for y in labels if y.size), default=0))]

@@ -1,0 +1,90 @@
+"""What the tests of the room share: comparisons, and layers of every kind with an input that fits."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpclr.lowrank import WeightSite, densify, factorize, select
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    assert found.shape == expected.shape
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    assert found.dtype == expected.dtype
+    assert distance(found, expected) <= (tolerance or TOLERANCE[expected.dtype])
+
+
+def converted(model: nn.Module, rank: Any = None) -> nn.Module:
+    """A low-rank copy; at least one weight must have been converted."""
+    twin = copy.deepcopy(model)
+    assert any(report.converted for report in factorize(twin, rank))
+    return twin
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    return densify(copy.deepcopy(model))
+
+
+def only_site(model: nn.Module) -> WeightSite:
+    (site,) = select(model).eligible
+    return site
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+
+
+def linear(*sizes: int, x: tuple[int, ...], **options: Any) -> Case:
+    return lambda: nn.Linear(*sizes, **options), x
+
+
+def conv(cls: type[nn.Module], *sizes: int, x: tuple[int, ...], **options: Any) -> Case:
+    return lambda: cls(*sizes, **options), x
+
+
+LINEAR: dict[str, Case] = {
+    "square": linear(16, 16, x=(8, 16)),
+    "wide": linear(32, 6, x=(8, 32)),
+    "tall": linear(6, 32, x=(8, 6)),
+    "no bias": linear(12, 9, x=(8, 12), bias=False),
+    "sequences": linear(12, 9, x=(3, 5, 12)),
+    "one vector": linear(12, 9, x=(12,)),
+    "no rows": linear(12, 9, x=(0, 12)),
+}
+
+CONV: dict[str, Case] = {
+    "1d": conv(nn.Conv1d, 4, 6, 5, x=(2, 4, 20)),
+    "1d stride, dilation": conv(nn.Conv1d, 4, 6, 3, stride=2, dilation=3, padding=2, x=(2, 4, 20)),
+    "2d": conv(nn.Conv2d, 4, 6, 3, x=(2, 4, 9, 8)),
+    "2d oblong": conv(nn.Conv2d, 4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), x=(2, 4, 9, 14)),
+    "2d no bias": conv(nn.Conv2d, 4, 6, 3, bias=False, x=(2, 4, 9, 8)),
+    "2d unbatched": conv(nn.Conv2d, 4, 6, 3, x=(4, 9, 8)),
+    "2d groups": conv(nn.Conv2d, 8, 12, 3, groups=4, padding=1, x=(2, 8, 9, 8)),
+    "2d depthwise": conv(nn.Conv2d, 6, 12, 3, groups=6, x=(2, 6, 9, 8)),
+    "2d same": conv(nn.Conv2d, 4, 6, (4, 3), padding="same", dilation=2, x=(2, 4, 9, 8)),
+    "2d valid": conv(nn.Conv2d, 4, 6, 3, padding="valid", x=(2, 4, 9, 8)),
+    "2d same, reflect": conv(nn.Conv2d, 4, 6, 4, padding="same", padding_mode="reflect", x=(2, 4, 9, 8)),
+    "2d reflect": conv(nn.Conv2d, 4, 6, 3, padding=2, padding_mode="reflect", x=(2, 4, 9, 8)),
+    "2d replicate": conv(nn.Conv2d, 4, 6, 3, padding=(1, 2), padding_mode="replicate", x=(2, 4, 9, 8)),
+    "2d circular": conv(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="circular", stride=2, x=(2, 4, 9, 8)),
+    "2d no images": conv(nn.Conv2d, 4, 6, 3, x=(0, 4, 9, 8)),
+    "3d": conv(nn.Conv3d, 3, 4, 2, groups=1, x=(2, 3, 4, 5, 6)),
+    "3d groups": conv(nn.Conv3d, 4, 6, (1, 2, 3), groups=2, stride=(1, 2, 1), padding=1, x=(2, 4, 4, 5, 6)),
+}
+
+LAYERS = {f"Linear {name}": case for name, case in LINEAR.items()} | {
+    f"Conv {name}": case for name, case in CONV.items()
+}

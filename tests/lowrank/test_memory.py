@@ -1,0 +1,41 @@
+"""What autograd keeps between the forward and the backward pass."""
+
+import pytest
+import torch
+from lowrank_helpers import converted
+from torch import nn
+
+CASES = {
+    "linear": (lambda: nn.Linear(64, 48), (200, 64), 200),
+    "linear on sequences": (lambda: nn.Linear(64, 48), (10, 20, 64), 200),
+    "conv": (lambda: nn.Conv2d(16, 24, 3, padding=1), (4, 16, 10, 10), 400),
+    "conv same": (lambda: nn.Conv2d(16, 24, 3, padding="same"), (4, 16, 10, 10), 400),
+    "conv in groups": (lambda: nn.Conv2d(16, 24, 3, padding=1, groups=2), (4, 16, 10, 10), 800),
+}
+
+
+def kept_by_autograd(layer: nn.Module, x: torch.Tensor) -> int:
+    """Elements of all tensors saved for the backward pass, the layer's own parameters left out."""
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("input_has_gradient", [True, False])
+@pytest.mark.parametrize(("make", "shape", "rows"), CASES.values(), ids=CASES)
+def test_only_the_narrow_projection_is_kept(make, shape, rows, input_has_gradient):
+    rank = 3
+    dense = make()
+    low = converted(dense, rank)
+    x = torch.randn(shape, requires_grad=input_has_gradient)
+    filters = low.vh.numel() * getattr(low, "groups", 1)
+    assert kept_by_autograd(dense, x) >= x.numel()
+    assert kept_by_autograd(low, x) <= rows * rank + filters
+    assert kept_by_autograd(low, x) < x.numel() / 2
