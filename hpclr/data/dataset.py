@@ -144,8 +144,7 @@ def _open(path: Path) -> h5py.File:
             "Prepare the data first, and name the file that this makes."
         )
     try:
-        # Files are replaced, never changed, so no lock is needed; many network file systems have none.
-        return h5py.File(path, "r", locking=False, rdcc_nbytes=CHUNK_CACHE_BYTES)
+        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
     except OSError as error:
         raise UsageError(_damaged(path, "the file", error)) from error
 

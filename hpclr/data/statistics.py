@@ -42,4 +42,5 @@ class ChannelStatistics:
     def std(self) -> Floats:
         """Standard deviation of each channel (C,), 1 where a channel never varies so that one can divide by it."""
         std = np.sqrt(self._squares / max(1, self._count))
-        return np.where(std > 0, std, 1.0)
+        rounding = 1e-12 * np.abs(self._mean)
+        return np.where(std > rounding, std, 1.0)

@@ -40,6 +40,16 @@ def only_site(model: nn.Module) -> WeightSite:
     return site
 
 
+def some_loss(y: Tensor) -> Tensor:
+    """Has a gradient everywhere; a mean of squares has none behind a LayerNorm."""
+    return (y.float().flatten() * torch.linspace(-1, 1, y.numel())).mean() * 100
+
+
+def gradients_of(model: nn.Module) -> Tensor:
+    """All of them in one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
 def small_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 

@@ -165,7 +165,13 @@ def test_a_frozen_and_thawed_model_trains_as_before():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(8, 6), lambda: nn.Conv2d(4, 6, 3), lambda: nn.MultiheadAttention(8, 2)]
+    "make",
+    [
+        lambda: nn.Linear(8, 6),
+        lambda: nn.Conv2d(4, 6, 3),
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.MultiheadAttention(8, 2, kdim=4),
+    ],
 )
 def test_densify_gives_class_parameter_and_weight_back(make):
     layer = make()

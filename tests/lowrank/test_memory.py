@@ -1,5 +1,7 @@
 """What autograd keeps between the forward and the backward pass."""
 
+import weakref
+
 import pytest
 import torch
 from lowrank_helpers import converted
@@ -39,3 +41,14 @@ def test_only_the_narrow_projection_is_kept(make, shape, rows, input_has_gradien
     assert kept_by_autograd(dense, x) >= x.numel()
     assert kept_by_autograd(low, x) <= rows * rank + filters
     assert kept_by_autograd(low, x) < x.numel() / 2
+
+
+@pytest.mark.parametrize(("make", "shape", "rows"), CASES.values(), ids=CASES)
+def test_the_input_is_gone_once_nobody_else_needs_it(make, shape, rows):
+    low = converted(make(), 3)
+    x = torch.randn(shape, requires_grad=True) + 1
+    gone = weakref.ref(x)
+    y = low(x)
+    del x
+    assert gone() is None
+    y.sum().backward()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lowrank_helpers import assert_near, converted, dense_twin
+from lowrank_helpers import assert_near, converted, dense_twin, gradients_of, some_loss
 from torch import nn
 
 CASES = {
@@ -10,10 +10,6 @@ CASES = {
     "conv": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=2), (4, 8, 6, 6)),
     "attention": (lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), (3, 5, 16)),
 }
-
-
-def some_loss(y):
-    return (y.float().flatten() * torch.linspace(-1, 1, y.numel())).mean() * 100
 
 
 layers = pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES)
@@ -51,7 +47,7 @@ def test_gradients_under_autocast_are_near_those_without(make, shape, dtype, ord
         with torch.autocast("cpu", dtype, enabled=enabled):
             y = low(x)
         some_loss(y).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in low.parameters() if p.requires_grad]))
+        gradients.append(gradients_of(low))
     assert_near(*gradients, 3e-2)
 
 

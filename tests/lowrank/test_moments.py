@@ -32,9 +32,8 @@ OPTIMIZERS = {
     "Muon": {"lr": 0.01},
 }
 REFUSED = {"LBFGS", "SparseAdam"}
-every_optimizer = pytest.mark.parametrize(
-    "name", [name for name in OPTIMIZERS if hasattr(torch.optim, name.split()[0])]
-)
+AVAILABLE = [name for name in OPTIMIZERS if hasattr(torch.optim, name.split()[0])]  # Muon came late
+every_optimizer = pytest.mark.parametrize("name", AVAILABLE)
 
 
 def make(name, parameters):
@@ -149,11 +148,9 @@ def test_squared_state_goes_by_the_squares():
     torch.testing.assert_close(optimizer.state[site.parameter]["sum"], expected)
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", [name for name in AVAILABLE if name != "Adafactor"])  # which is reset
 def test_a_permutation_of_coordinates_permutes_the_state(name):
     """The one change of basis under which state of every kind has an exact image."""
-    if name == "Adafactor":
-        pytest.skip("keeps sums of rows and columns, which are reset")
     layer = nn.Linear(6, 6, bias=False).double()
     optimizer = make(name, layer.parameters())
     train(nn.Sequential(layer, nn.Linear(6, 5).double()), optimizer, 3)
@@ -174,20 +171,21 @@ def adams_step(state, eps=1e-8):
     return float((state["exp_avg"] / (state["exp_avg_sq"].sqrt() + eps)).norm())
 
 
-def test_adams_next_step_does_not_grow():
-    """Gradients of rank one are as far from independent entries as can be."""
+@pytest.mark.parametrize("name", ["Adam", "Adam amsgrad"])
+def test_adams_next_step_does_not_grow(name):
+    """The gradient of one weight alone, a step of length 1, becomes one of all weights, each with a step of 1."""
     layer = nn.Linear(40, 30, bias=False).double()
-    optimizer = make("Adam", layer.parameters())
+    optimizer = make(name, layer.parameters())
     for _ in range(5):
-        optimizer.zero_grad()
-        layer(torch.ones(1, 40).double()).sum().backward()
+        layer.weight.grad = torch.zeros(30, 40).double()
+        layer.weight.grad[3, 4] = 1
         optimizer.step()
     before = adams_step(optimizer.state[layer.weight])
     site = only_site(layer)
     change_basis(optimizer, site)
-    assert adams_step(optimizer.state[site.parameter]) <= before * (1 + 1e-9)
+    assert adams_step(optimizer.state[site.parameter]) <= before * 1.001  # ε is in it too
     change_basis(optimizer, site, 5)
-    assert adams_step(optimizer.state[site.parameter]) <= before * (1 + 1e-9)
+    assert adams_step(optimizer.state[site.parameter]) <= before * 1.001  # ε is in it too
 
 
 def test_a_centred_optimiser_survives_constant_gradients():

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from small_runs import batch, idle, mlp, random_gradients, train_step
+from small_runs import batch, idle, mlp, train_step
 
 from hpclr import OIALR
 
@@ -143,12 +143,12 @@ def test_the_state_of_an_untrained_run_can_be_taken_back():
 
 def test_failures_are_remembered():
     model = mlp([6, 6, 6])
-    oialr = OIALR(model, idle(model), delay=4, every=2)
+    optimizer = idle(model)
+    oialr = OIALR(model, optimizer, delay=4, every=2)
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
-    random_gradients(model, 0)
     for _ in range(2):
-        oialr._optimizer.step()
+        optimizer.step()
     oialr.step()
     assert oialr.failures == 1
     other = mlp([6, 6, 6])
@@ -169,12 +169,12 @@ def test_the_state_of_another_model_is_refused_by_the_names_of_its_layers():
 
 def test_a_state_with_ranks_that_do_not_fit_is_refused_before_anything_changes():
     wide, narrow = mlp([16, 16, 16]), mlp([16, 16, 4])
-    runs = []
-    for model in (wide, narrow):
-        optimizer = idle(model)
-        runs.append(OIALR(model, optimizer, delay=1, every=2, keep_last=False))
-    runs[0]._optimizer.step()
-    runs[0].step()
+    optimizer = idle(wide)
+    trained, fresh = (
+        OIALR(model, o, delay=1, every=2, keep_last=False) for model, o in ((wide, optimizer), (narrow, idle(narrow)))
+    )
+    optimizer.step()
+    trained.step()
     with pytest.raises(ValueError, match=r"layers 2 differ"):
-        runs[1].load_state_dict(runs[0].state_dict())
-    assert not any(runs[1].frozen.values())
+        fresh.load_state_dict(trained.state_dict())
+    assert not any(fresh.frozen.values())

@@ -1,7 +1,5 @@
 """What is refused before training starts, and in which words; and the small print of the interface."""
 
-import os
-
 import pytest
 import torch
 from small_runs import idle, mlp, stack, with_spectrum
@@ -108,8 +106,8 @@ def test_what_is_no_module_is_refused():
 
 
 @pytest.fixture
-def one_process_group(tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def one_process_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

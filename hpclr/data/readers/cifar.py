@@ -39,7 +39,7 @@ def read(folder: Path) -> Source:
 
 
 def _source(folder: Path, suffix: str, count: Count, batches: BatchReader) -> Source:
-    train = sorted(folder.glob(f"data_batch_[0-9]{suffix}"))
+    train = [folder / f"data_batch_{number}{suffix}" for number in range(1, 6)]
     parts = {
         "train": _part(train, count, batches),
         "test": _part([folder / f"test_batch{suffix}"], count, batches),

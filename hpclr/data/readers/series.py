@@ -68,7 +68,7 @@ def _lines(table: _Table) -> Iterator[str]:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line.strip("\r\n")], delimiter=delimiter), [""])
+    return next(csv.reader([line.strip("\r\n")], delimiter=delimiter)) or [""]
 
 
 def _is_number(cell: str) -> bool:
