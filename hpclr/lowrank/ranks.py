@@ -12,7 +12,7 @@ have produced; they need the size of the noise, or estimate it from the median s
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -203,6 +203,20 @@ def noise_level(singular_values: Tensor, shape: tuple[int, int]) -> float:
         shape: (m, n) of the full matrix.
     """
     return _noise_level(_positive_spectrum(singular_values, shape), shape)
+
+
+def noise_estimated_by(rule: RankRule, singular_values: Tensor, shape: tuple[int, int]) -> float | None:
+    """Return the noise that a rule would estimate from this spectrum; None if it estimates none, or finds none."""
+    if not isinstance(rule, MarchenkoPastur | GavishDonoho) or rule.noise is not None:
+        return None
+    return noise_level(singular_values, shape) or None
+
+
+def with_noise(rule: RankRule, noise: float | None) -> RankRule:
+    """Return a rule that estimates the noise with this noise instead; other rules, and None, as they are."""
+    if noise is None or not isinstance(rule, MarchenkoPastur | GavishDonoho) or rule.noise is not None:
+        return rule
+    return replace(rule, noise=noise)
 
 
 @lru_cache(maxsize=1024)

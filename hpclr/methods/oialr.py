@@ -26,6 +26,7 @@ from hpclr.lowrank.convert import set_rank
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
+from hpclr.lowrank.ranks import noise_estimated_by, with_noise
 from hpclr.methods.base import ChangeHook, Method, no_penalty
 from hpclr.methods.checks import check_model, check_settings
 from hpclr.methods.placement import Here, Outcome, Placement
@@ -103,14 +104,8 @@ class OIALR(Method):
             every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
         )
         self._model = check_model(model)
-        chosen = select(
-            self._model,
-            include=include,
-            exclude=exclude,
-            max_aspect=max_aspect,
-            keep_first=keep_first,
-            keep_last=keep_last,
-        )
+        names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}
+        chosen = select(self._model, max_aspect=max_aspect, **names, **ends)  # type: ignore[arg-type]
         self._sites = {site.name: site for site in chosen.eligible}
         self.report = chosen.left_alone
         if not self._sites:
@@ -129,6 +124,7 @@ class OIALR(Method):
         self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr)
         self._tracker = StabilityTracker(stability_threshold)
         self._watched = {site.name: site.rank for site in chosen.eligible}
+        self._noise: dict[str, float] = {}
         self.failures = 0
         self._begin()
 
@@ -209,14 +205,16 @@ class OIALR(Method):
         else:
             settled = self._when_stable and self._tracker.settles(site.name, stability)
             keep = self._converted_rank(site, rank, due=j >= 0, covered=covered, settled=settled)
-        return Outcome(
-            rank, stability, None if keep is None else SVD(basis.u[:, :keep], basis.s[:keep], basis.vh[:keep])
-        )
+        change = None if keep is None else SVD(basis.u[:, :keep], basis.s[:keep], basis.vh[:keep])
+        # only the whole spectrum of a dense weight tells the noise in it
+        noise = None if site.is_lowrank else noise_estimated_by(self._rule, basis.s, site.shape)
+        return Outcome(rank, stability, change, noise)
 
     def _rank(self, site: WeightSite, basis: SVD) -> int:
         """What the rule keeps, not below the floor."""
         least = max(1, ceil(self._min_rank * min(site.shape)))
-        return min(site.rank, max(least, self._rule(basis.s, site.shape)))
+        rule = with_noise(self._rule, self._noise.get(site.name)) if site.is_lowrank else self._rule
+        return min(site.rank, max(least, rule(basis.s, site.shape)))
 
     def _cut(self, site: WeightSite, rank: int) -> int | None:
         """The rank to which a converted layer is re-factorised; None leaves its basis as it is."""
@@ -234,6 +232,8 @@ class OIALR(Method):
     def _apply(self, site: WeightSite, outcome: Outcome) -> None:
         self.failures += outcome.failed
         self._watched[site.name] = outcome.rank
+        if outcome.noise is not None:
+            self._noise[site.name] = outcome.noise
         if outcome.stability is not None:
             self._tracker.record(site.name, outcome.stability)
         if outcome.basis is not None:
@@ -266,6 +266,7 @@ class OIALR(Method):
             "failures": self.failures,
             "ranks": {name: site.rank for name, site in self._sites.items() if site.is_lowrank},
             "watched": dict(self._watched),
+            "noise": dict(self._noise),
             "stability": self._tracker.state_dict(),
         }
 
@@ -291,4 +292,5 @@ class OIALR(Method):
         self._counter.taken = int(state["steps"])
         self._last_check, self.failures = int(state["last_check"]), int(state["failures"])
         self._watched = {name: int(rank) for name, rank in saved.items()}
+        self._noise = {name: float(noise) for name, noise in state["noise"].items()}
         self._tracker.load_state_dict(state["stability"])

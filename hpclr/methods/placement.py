@@ -12,6 +12,7 @@ class Outcome(NamedTuple):
     rank: int  # the rank the rule asks for, within its limits
     stability: float | None  # since the last check; None if it could not be measured
     basis: SVD | None  # the change of basis to make: L, new singular values, Rᵀ; None: keep the present one
+    noise: float | None = None  # of a dense weight, where the rule estimates it; holds once the spectrum has been cut
     failed: bool = False  # the layer could not be decomposed
 
 

@@ -48,7 +48,7 @@ class RunDirectory:
         """
         if not self.exists:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UsageError(f"{self.path} exists but is not the directory of a run; choose another name")
+                raise UsageError(f"{self.path} exists but is no run's directory; choose another name")
             return
         listed = differences(load_run_file(self.run_file), asked)
         if listed:

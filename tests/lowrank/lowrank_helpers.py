@@ -57,42 +57,39 @@ def small_net() -> nn.Sequential:
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 
-def linear(*sizes: int, x: tuple[int, ...], **options: Any) -> Case:
-    return lambda: nn.Linear(*sizes, **options), x
-
-
-def conv(cls: type[nn.Module], *sizes: int, x: tuple[int, ...], **options: Any) -> Case:
+def case(cls: type[nn.Module], *sizes: Any, x: tuple[int, ...], **options: Any) -> Case:
+    """How to make a layer, and the shape of an input for it."""
     return lambda: cls(*sizes, **options), x
 
 
 LINEAR: dict[str, Case] = {
-    "square": linear(16, 16, x=(8, 16)),
-    "wide": linear(32, 6, x=(8, 32)),
-    "tall": linear(6, 32, x=(8, 6)),
-    "no bias": linear(12, 9, x=(8, 12), bias=False),
-    "sequences": linear(12, 9, x=(3, 5, 12)),
-    "one vector": linear(12, 9, x=(12,)),
-    "no rows": linear(12, 9, x=(0, 12)),
+    "square": case(nn.Linear, 16, 16, x=(8, 16)),
+    "wide": case(nn.Linear, 32, 6, x=(8, 32)),
+    "tall": case(nn.Linear, 6, 32, x=(8, 6)),
+    "no bias": case(nn.Linear, 12, 9, x=(8, 12), bias=False),
+    "sequences": case(nn.Linear, 12, 9, x=(3, 5, 12)),
+    "one vector": case(nn.Linear, 12, 9, x=(12,)),
+    "no rows": case(nn.Linear, 12, 9, x=(0, 12)),
 }
 
 CONV: dict[str, Case] = {
-    "1d": conv(nn.Conv1d, 4, 6, 5, x=(2, 4, 20)),
-    "1d stride, dilation": conv(nn.Conv1d, 4, 6, 3, stride=2, dilation=3, padding=2, x=(2, 4, 20)),
-    "2d": conv(nn.Conv2d, 4, 6, 3, x=(2, 4, 9, 8)),
-    "2d oblong": conv(nn.Conv2d, 4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), x=(2, 4, 9, 14)),
-    "2d no bias": conv(nn.Conv2d, 4, 6, 3, bias=False, x=(2, 4, 9, 8)),
-    "2d unbatched": conv(nn.Conv2d, 4, 6, 3, x=(4, 9, 8)),
-    "2d groups": conv(nn.Conv2d, 8, 12, 3, groups=4, padding=1, x=(2, 8, 9, 8)),
-    "2d depthwise": conv(nn.Conv2d, 6, 12, 3, groups=6, x=(2, 6, 9, 8)),
-    "2d same": conv(nn.Conv2d, 4, 6, (4, 3), padding="same", dilation=2, x=(2, 4, 9, 8)),
-    "2d valid": conv(nn.Conv2d, 4, 6, 3, padding="valid", x=(2, 4, 9, 8)),
-    "2d same, reflect": conv(nn.Conv2d, 4, 6, 4, padding="same", padding_mode="reflect", x=(2, 4, 9, 8)),
-    "2d reflect": conv(nn.Conv2d, 4, 6, 3, padding=2, padding_mode="reflect", x=(2, 4, 9, 8)),
-    "2d replicate": conv(nn.Conv2d, 4, 6, 3, padding=(1, 2), padding_mode="replicate", x=(2, 4, 9, 8)),
-    "2d circular": conv(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="circular", stride=2, x=(2, 4, 9, 8)),
-    "2d no images": conv(nn.Conv2d, 4, 6, 3, x=(0, 4, 9, 8)),
-    "3d": conv(nn.Conv3d, 3, 4, 2, groups=1, x=(2, 3, 4, 5, 6)),
-    "3d groups": conv(nn.Conv3d, 4, 6, (1, 2, 3), groups=2, stride=(1, 2, 1), padding=1, x=(2, 4, 4, 5, 6)),
+    "1d": case(nn.Conv1d, 4, 6, 5, x=(2, 4, 20)),
+    "1d stride, dilation": case(nn.Conv1d, 4, 6, 3, stride=2, dilation=3, padding=2, x=(2, 4, 20)),
+    "2d": case(nn.Conv2d, 4, 6, 3, x=(2, 4, 9, 8)),
+    "2d oblong": case(nn.Conv2d, 4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), x=(2, 4, 9, 14)),
+    "2d no bias": case(nn.Conv2d, 4, 6, 3, bias=False, x=(2, 4, 9, 8)),
+    "2d unbatched": case(nn.Conv2d, 4, 6, 3, x=(4, 9, 8)),
+    "2d groups": case(nn.Conv2d, 8, 12, 3, groups=4, padding=1, x=(2, 8, 9, 8)),
+    "2d depthwise": case(nn.Conv2d, 6, 12, 3, groups=6, x=(2, 6, 9, 8)),
+    "2d same": case(nn.Conv2d, 4, 6, (4, 3), padding="same", dilation=2, x=(2, 4, 9, 8)),
+    "2d valid": case(nn.Conv2d, 4, 6, 3, padding="valid", x=(2, 4, 9, 8)),
+    "2d same, reflect": case(nn.Conv2d, 4, 6, 4, padding="same", padding_mode="reflect", x=(2, 4, 9, 8)),
+    "2d reflect": case(nn.Conv2d, 4, 6, 3, padding=2, padding_mode="reflect", x=(2, 4, 9, 8)),
+    "2d replicate": case(nn.Conv2d, 4, 6, 3, padding=(1, 2), padding_mode="replicate", x=(2, 4, 9, 8)),
+    "2d circular": case(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="circular", stride=2, x=(2, 4, 9, 8)),
+    "2d no images": case(nn.Conv2d, 4, 6, 3, x=(0, 4, 9, 8)),
+    "3d": case(nn.Conv3d, 3, 4, 2, groups=1, x=(2, 3, 4, 5, 6)),
+    "3d groups": case(nn.Conv3d, 4, 6, (1, 2, 3), groups=2, stride=(1, 2, 1), padding=1, x=(2, 4, 4, 5, 6)),
 }
 
 LAYERS = {f"Linear {name}": case for name, case in LINEAR.items()} | {
