@@ -48,13 +48,13 @@ class RunDirectory:
         """
         if not self.exists:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UsageError(f"{self.path} exists but is no run's directory; choose another name")
+                raise UsageError(f"{self.path} exists but holds no run; choose another name")
             return
         listed = differences(load_run_file(self.run_file), asked)
         if listed:
             raise UsageError(
                 f"{self.path} holds a run of another run file. What differs: {'; '.join(listed)}. Give this run a "
-                "name of its own (name=…), take the changes back, or start over with --fresh (the old run is set aside)."
+                "name of its own (name=…), take the changes back, or start over with --fresh (it is then set aside)."
             )
 
     def set_aside(self) -> Path | None:
