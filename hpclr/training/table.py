@@ -76,6 +76,8 @@ def _of_dense(sizes: dict[str, Any], key: str) -> str:
 
 
 def _flops(sizes: dict[str, Any]) -> str:
+    if sizes["flops"] is None:
+        return "–"
     share = sizes["flops"] / sizes["dense_flops"]
     return f"{sizes['flops'] // sizes['flops_samples']:,} ({share:.1%})"
 
