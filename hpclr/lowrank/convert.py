@@ -150,17 +150,9 @@ def shape_model_like(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"{selection.left_alone[site.name]}"
             )
     for site in stored:
-        set_rank(site, int(state[site.key(site.slot.names[1])].shape[0]))
+        site.set_rank(int(state[site.key(site.slot.names[1])].shape[0]))
 
 
 def _holds_factors(state: Mapping[str, Any], site: WeightSite) -> bool:
     factors = all(site.key(name) in state for name in site.slot.names)
     return factors and site.key(site.slot.weight) not in state
-
-
-def set_rank(site: WeightSite, rank: int) -> None:
-    """Gives a site factors of this rank with contents still to come (from a state dict)."""
-    if site.is_lowrank and site.rank == rank:
-        return
-    m, n = site.shape
-    site.convert(torch.zeros(m, rank), torch.zeros(rank, rank), torch.zeros(rank, n))

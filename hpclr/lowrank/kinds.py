@@ -48,13 +48,9 @@ class TransposedWeight(LowRankModule):
 
 
 class LowRankTransposedLinear(TransposedWeight):
-    """Hugging Face's Conv1D, y = x W + b, with the cheapest order of multiplication."""
+    """Hugging Face's Conv1D, y = x W + b: of its matrix, the same product."""
 
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
-        return linear(x, self.factors(WEIGHT), self.bias)
+    forward = LowRankLinear.forward
 
 
 class ConvWeight(LowRankModule):

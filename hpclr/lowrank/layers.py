@@ -9,7 +9,7 @@ clipping that holds it holds the right thing before and after.
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class LowRankModule(nn.Module):
     """What a converted layer can do besides what its class could. Mixed in before that class."""
 
     slots: tuple[Slot, ...]
+    mixin: type["LowRankModule"]  # the class was made from this one and the next
     dense_class: type[nn.Module]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class LowRankModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and copy are told how to make it again
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _empty_layer, (self.dense_class,), state
+        return _empty_layer, (self.mixin, self.dense_class), state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for slot in self.slots:
@@ -189,11 +190,9 @@ def _rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> No
     layer._parameters.update(entries)
 
 
-def _empty_layer(dense_class: type[nn.Module]) -> nn.Module:
+def _empty_layer(mixin: type[LowRankModule], dense_class: type[nn.Module]) -> nn.Module:
     """For pickle and copy: a converted layer whose contents are yet to come."""
-    from hpclr.lowrank.kinds import lowrank_class
-
-    cls = lowrank_class(dense_class)
+    cls = make_class(cast(Any, mixin), cast(Any, dense_class))
     return cls.__new__(cls)
 
 
@@ -209,6 +208,7 @@ def make_class(mixin: Any, dense_class: Any) -> type[LowRankModule]:
     """The low-rank subclass of a layer class; made once, so that equal layers have equal classes."""
     body: dict[str, Any] = {slot.weight: _weight_property(slot) for slot in mixin.slots}
     body.update(
+        mixin=mixin,
         dense_class=dense_class,
         __module__=mixin.__module__,
         __doc__=f"{dense_class.__name__} with factored weights.",

@@ -80,15 +80,20 @@ class WeightSite:
 
     def convert(self, u: Tensor, sigma: Tensor, vh: Tensor) -> None:
         """Dense to factored, or to other factors, in the parameter's own type."""
+        like = self.parameter
+        factors = (t.to(device=like.device, dtype=like.dtype).contiguous() for t in (u, sigma, vh))
+        install(self._specialised(), self.slot, *factors)
+
+    def set_rank(self, rank: int) -> None:
+        """Gives it factors of this rank, with contents still to come (from a state dict)."""
+        if not self.is_lowrank or self.rank != rank:
+            self._specialised().resize(self.slot, rank)
+
+    def _specialised(self) -> LowRankModule:
+        """The module, of a class that can hold factors."""
         if not isinstance(self.module, LowRankModule):
             self.module.__class__ = cast(Any, lowrank_class(type(self.module)))
-        module = cast(LowRankModule, self.module)
-        like = self.parameter
-        install(
-            module,
-            self.slot,
-            *(t.to(device=like.device, dtype=like.dtype).contiguous() for t in (u, sigma, vh)),
-        )
+        return cast(LowRankModule, self.module)
 
     def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
         """Dense to the leading `rank` directions of its decomposition (all of them if None)."""

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpclr.lowrank import BasisChange, RankRule, WeightSite, rank_rule, select
-from hpclr.lowrank.convert import set_rank
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
@@ -286,7 +285,7 @@ class OIALR(Method):
             )
         for name, site in self._sites.items():
             if name in state["ranks"]:
-                set_rank(site, int(state["ranks"][name]))
+                site.set_rank(int(state["ranks"][name]))
             elif site.is_lowrank:
                 site.densify()
         self._counter.taken = int(state["steps"])
