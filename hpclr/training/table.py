@@ -1,7 +1,8 @@
-"""Finished runs side by side."""
+"""Finished runs side by side, one by one or averaged over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from hpclr.errors import UsageError
 from hpclr.training.run_directory import RunDirectory
 
 Summary = dict[str, Any]
+Columns = dict[str, list[Summary]]  # heading → the runs behind it
 
 
 def read_summaries(runs: Sequence[Path]) -> list[Summary]:
@@ -32,59 +34,77 @@ def _read(directory: RunDirectory) -> Summary:
     return summary
 
 
-def comparison(summaries: Sequence[Summary], console: Console | None = None) -> None:
-    """Prints the table of quantities and the table of ranks."""
+def comparison(summaries: Sequence[Summary], *, mean: bool = False, console: Console | None = None) -> None:
+    """Prints the quantities, and the rank of every layer where runs stand alone.
+
+    Args:
+        summaries: of finished runs.
+        mean: one column a method, with the mean and the standard deviation over its runs, instead of one a run.
+        console: where to print.
+    """
     console = console or Console(highlight=False)
-    console.print(_quantities(summaries))
-    console.print(_ranks(summaries))
+    columns = _by_method(summaries) if mean else {summary["name"]: [summary] for summary in summaries}
+    console.print(_quantities(columns))
+    if not mean:
+        console.print(_ranks(summaries))
 
 
-def _table(title: str, summaries: Sequence[Summary]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _by_method(summaries: Sequence[Summary]) -> Columns:
+    methods = dict.fromkeys(summary["method"] for summary in summaries)
+    groups = {method: [s for s in summaries if s["method"] == method] for method in methods}
+    return {f"{method} ({len(group)} runs)": group for method, group in groups.items()}
+
+
+Value = Callable[[Summary], float | None]
+QUANTITIES: tuple[tuple[str, Value, str], ...] = (
+    ("test accuracy", lambda s: (s["test"] or {}).get("accuracy"), ".2%"),
+    ("best validation accuracy", lambda s: s["best_validation"]["accuracy"], ".2%"),
+    ("trainable parameters", lambda s: s["sizes"]["trainable"], ",.0f"),
+    ("  of dense", lambda s: s["sizes"]["trainable"] / s["sizes"]["dense"], ".1%"),
+    ("stored parameters", lambda s: s["sizes"]["stored"], ",.0f"),
+    ("  of dense", lambda s: s["sizes"]["stored"] / s["sizes"]["dense"], ".1%"),
+    ("dense parameters", lambda s: s["sizes"]["dense"], ",.0f"),
+    ("FLOPs of a forward, a sample", lambda s: _divided(s, "flops", "flops_samples"), ",.0f"),
+    ("  of dense", lambda s: _divided(s, "flops", "dense_flops"), ".1%"),
+    ("bytes of gradients a step", lambda s: s["sizes"]["gradient_bytes"], ",.0f"),
+    ("bytes of optimiser state", lambda s: s["sizes"]["optimizer_bytes"], ",.0f"),
+    ("steps", lambda s: s["steps"], ",.0f"),
+    ("seconds", lambda s: s["seconds"], ".1f"),
+)
+
+
+def _divided(summary: Summary, key: str, by: str) -> float | None:
+    """A quotient of two sizes; None where the operations could not be counted."""
+    sizes = summary["sizes"]
+    return None if sizes[key] is None or sizes[by] is None else sizes[key] / sizes[by]
+
+
+def _quantities(columns: Columns) -> Table:
+    table = Table(title="runs", title_justify="left")
     table.add_column("")
-    for summary in summaries:
-        table.add_column(summary["name"], justify="right")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    table.add_row("method", *(group[0]["method"] for group in columns.values()))
+    for label, value, form in QUANTITIES:
+        table.add_row(label, *(_cell([value(summary) for summary in group], form) for group in columns.values()))
     return table
 
 
-def _quantities(summaries: Sequence[Summary]) -> Table:
-    table = _table("runs", summaries)
-    rows = {
-        "method": lambda s: s["method"],
-        "test accuracy": lambda s: _percent((s["test"] or {}).get("accuracy")),
-        "best validation accuracy": lambda s: _percent(s["best_validation"]["accuracy"]),
-        "trainable parameters": lambda s: _of_dense(s["sizes"], "trainable"),
-        "stored parameters": lambda s: _of_dense(s["sizes"], "stored"),
-        "dense parameters": lambda s: f"{s['sizes']['dense']:,}",
-        "FLOPs of a forward, a sample": lambda s: _flops(s["sizes"]),
-        "bytes of gradients a step": lambda s: f"{s['sizes']['gradient_bytes']:,}",
-        "bytes of optimiser state": lambda s: f"{s['sizes']['optimizer_bytes']:,}",
-        "steps": lambda s: f"{s['steps']:,}",
-        "seconds": lambda s: f"{s['seconds']:.1f}",
-    }
-    for label, cell in rows.items():
-        table.add_row(label, *(cell(summary) for summary in summaries))
-    return table
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.2%}"
-
-
-def _of_dense(sizes: dict[str, Any], key: str) -> str:
-    return f"{sizes[key]:,} ({sizes[key] / sizes['dense']:.1%})"
-
-
-def _flops(sizes: dict[str, Any]) -> str:
-    if sizes["flops"] is None:
+def _cell(values: Sequence[float | None], form: str) -> str:
+    """The mean, and over several runs the standard deviation where there is one to speak of."""
+    known = [value for value in values if value is not None]
+    if not known:
         return "–"
-    share = sizes["flops"] / sizes["dense_flops"]
-    return f"{sizes['flops'] // sizes['flops_samples']:,} ({share:.1%})"
+    text = f"{fmean(known):{form}}"
+    return f"{text} ± {stdev(known):{form}}" if len(known) > 1 and stdev(known) > 0 else text
 
 
 def _ranks(summaries: Sequence[Summary]) -> Table:
     """Every weight that may be low-rank: k of min(m, n), or dense."""
-    table = _table("rank of every layer", summaries)
+    table = Table(title="rank of every layer", title_justify="left")
+    table.add_column("")
+    for summary in summaries:
+        table.add_column(summary["name"], justify="right")
     by_run = [{layer["name"]: layer for layer in summary["layers"]} for summary in summaries]
     for name in dict.fromkeys(name for layers in by_run for name in layers):
         table.add_row(name, *(_rank(layers.get(name)) for layers in by_run))
