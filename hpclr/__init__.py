@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hpclr' has no attribute '{name}'")
     from hpclr import lowrank, methods
 
-    return getattr(methods if hasattr(methods, name) else lowrank, name)
+    return getattr(methods if name in methods.__all__ else lowrank, name)

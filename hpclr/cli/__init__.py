@@ -3,7 +3,8 @@
 import importlib
 import sys
 import traceback
-from typing import Any
+import warnings
+from typing import NoReturn
 
 import click
 
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point; ends the process with the exit code that scripts rely on."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    if not debug:
+        warnings.formatwarning = _warning
     try:
         hpclr.main([a for a in arguments if a != "--debug"], prog_name="hpclr", standalone_mode=True)
     except HpclrError as error:
@@ -59,7 +62,12 @@ def main(arguments: list[str] | None = None) -> None:
         _report(error, EXIT_ERROR, debug)
 
 
-def _report(error: Exception, code: int, debug: bool) -> Any:
+def _warning(message: Warning | str, *where: object, **more: object) -> str:
+    """A warning as a person reads it; the line of code that it comes from is shown with --debug."""
+    return f"hpclr: warning: {message}\n"
+
+
+def _report(error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     kind = "" if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: "

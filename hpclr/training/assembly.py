@@ -4,7 +4,6 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hpclr.data import Augment, Dataset, Loader, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA
 from hpclr.methods import OIALR, Dense, Method
-from hpclr.training.environment import choose_device, seed_everything, use_threads
+from hpclr.training.environment import choose_device, record, seed_everything, use_threads
 from hpclr.training.optimizers import build_optimizer
 from hpclr.training.precision import Precision
 from hpclr.training.schedules import LearningRate, learning_rate
@@ -38,7 +37,7 @@ class Assembly:
     dataset: Dataset
     loader: Loader
     valid: Loader | None
-    test: Loader | None
+    test: Loader
     model: nn.Module
     optimizer: Optimizer
     method: Method
@@ -47,12 +46,11 @@ class Assembly:
     ema: EMA | None
     learning_rate: LearningRate
     total_steps: int
+    environment: dict[str, object]
 
     def example(self) -> Tensor:
         """An input batch as the model gets it, for counting operations."""
-        loader = self.test or self.loader
-        x: Tensor = loader.batch(0, 0).x.to(self.device)
-        return x
+        return self.test.batch(0, 0).x.to(self.device)
 
 
 def assemble(run: RunFile) -> Assembly:
@@ -68,7 +66,8 @@ def assemble(run: RunFile) -> Assembly:
     loader, valid, test = _loaders(run, dataset, precision.dtype)
     _check_validation(run, valid)
     total = run.train.steps or (run.train.epochs or 0) * len(loader)
-    model = build_model(run, dataset, loader).to(device, precision.dtype)
+    model = build_model(run, dataset).to(device, precision.dtype)
+    _check_outputs(model, loader.batch(0, 0).x[:2].to(device), len(dataset.classes), precision)
     optimizer = build_optimizer(run.optimizer, model.parameters())
     method = _usage("method", build_method, run, model, optimizer, total)
     ema = EMA(model, run.train.ema) if run.train.ema is not None else None
@@ -77,7 +76,22 @@ def assemble(run: RunFile) -> Assembly:
     rate = learning_rate(run.schedule, run.optimizer.lr, total)
     task = Classification(run.train.label_smoothing)
     return Assembly(
-        run, device, threads, dataset, loader, valid, test, model, optimizer, method, task, precision, ema, rate, total
+        run=run,
+        device=device,
+        threads=threads,
+        dataset=dataset,
+        loader=loader,
+        valid=valid,
+        test=test,
+        model=model,
+        optimizer=optimizer,
+        method=method,
+        task=task,
+        precision=precision,
+        ema=ema,
+        learning_rate=rate,
+        total_steps=total,
+        environment=record(device, threads),
     )
 
 
@@ -97,7 +111,7 @@ def _check_task(dataset: Dataset) -> None:
         )
 
 
-def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader, Loader | None, Loader | None]:
+def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader, Loader | None, Loader]:
     data, seed = run.data, run.train.seed
     augment = Augment(flip=data.flip, crop=data.crop) if data.flip or data.crop else None
     loader = Loader(
@@ -112,13 +126,14 @@ def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader
         dtype=dtype,
     )
 
-    def held_out(split: str) -> Loader | None:
-        if split not in dataset.sizes:
-            return None
-        size = min(max(data.batch_size, 256), dataset.sizes[split])
-        return Loader(dataset, split, size, seed, shuffle=False, in_memory=data.in_memory, dtype=dtype)
+    valid = held_out(run, dataset, "valid", dtype) if "valid" in dataset.sizes else None
+    return loader, valid, held_out(run, dataset, "test", dtype)
 
-    return loader, held_out("valid"), held_out("test")
+
+def held_out(run: RunFile, dataset: Dataset, split: str, dtype: torch.dtype) -> Loader:
+    """The batches on which a run scores a split, in the order of the file."""
+    size = min(max(run.data.batch_size, 256), dataset.sizes[split])
+    return Loader(dataset, split, size, run.train.seed, shuffle=False, in_memory=run.data.in_memory, dtype=dtype)
 
 
 def _check_validation(run: RunFile, valid: Loader | None) -> None:
@@ -129,7 +144,7 @@ def _check_validation(run: RunFile, valid: Loader | None) -> None:
         )
 
 
-def build_model(run: RunFile, dataset: Dataset, loader: Loader | None = None) -> nn.Module:
+def build_model(run: RunFile, dataset: Dataset) -> nn.Module:
     """The model of a run file with its initial weights, which depend on the seed alone.
 
     A `target:` is imported and called: only for run files of the user's own, or with their word for it.
@@ -159,15 +174,42 @@ def import_target(section: Target) -> nn.Module:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model.target: cannot import '{section.target}': {error}") from error
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise UsageError(f"model.target: cannot import '{section.target}': {_described(error)}") from error
     try:
         model = found(**section.args)
-    except TypeError as error:
-        raise UsageError(f"model.target: {section.target} cannot be called with {section.args}: {error}") from error
+    except Exception as error:
+        raise UsageError(
+            f"model.target: {section.target} cannot be called with {section.args}: {_described(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model.target: {section.target} must return a torch.nn.Module, found {type(model).__name__}")
     return model
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error} (hpclr --debug … shows where)"
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precision) -> None:
+    """A model that does not fit the data is found now; this also gives lazy layers their shapes."""
+    model.eval()
+    try:
+        with precision.context():
+            outputs = model(x)
+    except Exception as error:
+        raise UsageError(
+            f"model: it does not take samples of shape {tuple(x.shape[1:])}: {_described(error)}"
+        ) from error
+    finally:
+        model.train()
+    found = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found != (classes,):
+        raise UsageError(
+            f"model: for each sample it must give one number for each of the {classes} classes of the data, "
+            f"that is, shape {(classes,)}; found {found}"
+        )
 
 
 def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: int) -> Method:
@@ -200,4 +242,4 @@ def steps_between_validations(run: RunFile, batches_per_epoch: int) -> int:
     """The validation interval of a run in steps."""
     if run.validation.every_steps is not None:
         return run.validation.every_steps
-    return max(1, ceil((run.validation.every_epochs or 1.0) * batches_per_epoch))
+    return max(1, round((run.validation.every_epochs or 1.0) * batches_per_epoch))

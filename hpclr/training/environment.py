@@ -77,7 +77,7 @@ def choose_device(wanted: str) -> torch.device:
         ValueError: if CUDA is asked for and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but torch sees no CUDA device; use train.device=cpu or auto")
+        raise ValueError("device is cuda, but torch sees no CUDA device; use train.device=cpu or auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpclr.checkpoint import CheckpointStore, Loaded, Tree, load_file
+from hpclr.checkpoint import CheckpointStore, Loaded, load_file
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.schema import Target
-from hpclr.data import Dataset, Loader, open_dataset
+from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
-from hpclr.training.assembly import build_model
+from hpclr.training.assembly import build_model, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.precision import Precision
 from hpclr.training.state import from_tree, tensors
@@ -37,9 +37,17 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     return found
 
 
-def run_of(loaded: Loaded) -> RunFile:
-    """The run file that a checkpoint was made with."""
-    return parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
+def load_run(checkpoint: Path, *, best: bool = False) -> tuple[Loaded, RunFile]:
+    """A checkpoint of `hpclr train` and the run file that it was made with.
+
+    Raises:
+        UsageError: if there is none, it is damaged, or something else has written it.
+    """
+    loaded = load_file(find_checkpoint(checkpoint, best=best))
+    missing = sorted({"model", "method", "ema", "position", "run", "data", "environment"} - loaded.tree.keys())
+    if missing:
+        raise UsageError(f"{loaded.path} is no checkpoint of `hpclr train`: it holds no {', '.join(missing)}")
+    return loaded, parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
 
 
 def evaluate_checkpoint(
@@ -57,8 +65,7 @@ def evaluate_checkpoint(
     Raises:
         UsageError: for a file that cannot be used, a split that is not there, or a `target:` without trust.
     """
-    loaded = load_file(find_checkpoint(checkpoint, best=best))
-    run = run_of(loaded)
+    loaded, run = load_run(checkpoint, best=best)
     if isinstance(run.model, Target) and not trust:
         raise UsageError(
             f"{loaded.path} names the model '{run.model.target}', which would be imported and run; "
@@ -68,19 +75,31 @@ def evaluate_checkpoint(
     dataset = open_dataset(data or Path(run.data.path))
     if split not in dataset.sizes:
         raise UsageError(f"{dataset.path} has no split '{split}'; it has {', '.join(dataset.sizes)}")
-    device = choose_device("auto" if run.train.device == "auto" else run.train.device)
+    _check_fit(dataset, loaded)
+    device = choose_device("cpu" if run.train.device == "cpu" else "auto")  # what ran on CUDA is scored anywhere
     precision = Precision(run.train.precision, device)
-    model = _model(run, dataset, loaded.tree).to(device, precision.dtype)
-    loader = Loader(dataset, split, min(256, dataset.sizes[split]), 0, shuffle=False, dtype=precision.dtype)
+    model = _model(run, dataset, loaded, precision.dtype).to(device)
+    loader = held_out(run, dataset, split, precision.dtype)
     return Classification().score(model, loader, precision), loaded.path
 
 
-def _model(run: RunFile, dataset: Dataset, tree: Tree) -> nn.Module:
+def _check_fit(dataset: Dataset, loaded: Loaded) -> None:
+    saved = from_tree(loaded.tree["data"])
+    for what, found in (("sample_shape", list(dataset.sample_shape)), ("classes", list(dataset.classes))):
+        if found != saved[what]:
+            raise UsageError(
+                f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} {saved[what]}, "
+                f"this has {found}; name a file of the same kind with --data"
+            )
+
+
+def _model(run: RunFile, dataset: Dataset, loaded: Loaded, dtype: torch.dtype) -> nn.Module:
     """The model with the weights that the run itself would be judged by: averaged ones where it keeps them."""
-    model = build_model(run, dataset)
-    load_state_dict(
-        model.to(torch.float64 if run.train.precision == "float64" else torch.float32), tensors(tree["model"])
-    )
+    tree, model = loaded.tree, build_model(run, dataset).to(dtype)
+    try:
+        load_state_dict(model, tensors(tree["model"]))
+    except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
+        raise UsageError(f"the weights in {loaded.path} do not fit the model that it names: {error}") from error
     if run.train.ema is not None:
         ema = EMA(model, run.train.ema)
         ema.load_state_dict(from_tree(tree["ema"]))

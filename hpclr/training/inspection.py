@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hpclr.checkpoint import Tree, load_file
+from hpclr.checkpoint import Tree
 from hpclr.lowrank.factors import svd
-from hpclr.training.evaluation import find_checkpoint, run_of
+from hpclr.training.evaluation import load_run
 from hpclr.training.state import from_tree, position_of, tensors
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -27,9 +27,9 @@ def show_checkpoint(checkpoint: Path, *, best: bool = False, console: Console | 
     Raises:
         UsageError: if there is no such checkpoint, or it is damaged.
     """
-    console = console or Console(highlight=False)
-    loaded = load_file(find_checkpoint(checkpoint, best=best))
-    console.print(_facts(loaded.tree, loaded.path, run_of(loaded).method.name))
+    console = console or Console(highlight=False, markup=False, emoji=False)
+    loaded, run = load_run(checkpoint, best=best)
+    console.print(_facts(loaded.tree, loaded.path, run.method.name))
     console.print(_layers(tensors(loaded.tree["model"])))
 
 
@@ -64,13 +64,12 @@ def _layers(weights: dict[str, Tensor]) -> Table:
     for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
         table.add_column(column)
     for name, sigma in weights.items():
-        if name.rpartition(".")[2].endswith("sigma"):
-            u, vh = weights[name.removesuffix("sigma") + "u"], weights[name.removesuffix("sigma") + "vh"]
+        stem = name.removesuffix("sigma")
+        if name.endswith("sigma") and {stem + "u", stem + "vh"} <= weights.keys():
             s = svd(sigma).s
             ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
-            label = name.removesuffix("sigma").rstrip("._")
-            shape = f"{u.shape[0]}×{vh.shape[1]}"
-            table.add_row(label, shape, str(len(s)), f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s))
+            shape = f"{weights[stem + 'u'].shape[0]}×{weights[stem + 'vh'].shape[1]}"
+            table.add_row(stem.rstrip("._"), shape, str(len(s)), f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s))
     return table
 
 

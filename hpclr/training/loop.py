@@ -7,7 +7,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from hpclr.checkpoint import CheckpointStore
+from hpclr.checkpoint import CheckpointStore, Tree
 from hpclr.data import Batch, Loader
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
@@ -17,10 +17,14 @@ from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.schedules import set_learning_rate
-from hpclr.training.state import Position, capture
+from hpclr.training.state import Position, capture, not_finite
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
 from hpclr.training.tasks import Score
+
+_CALMER = (
+    "A lower optimizer.lr, train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
+)
 
 
 class Trainer:
@@ -69,9 +73,7 @@ class Trainer:
             self._finish()
 
     def _at_end(self) -> bool:
-        patience = self.parts.run.validation.patience
-        tired = patience is not None and self.position.validations_since_best >= patience
-        return tired or self.position.step >= self.parts.total_steps
+        return self.position.ended(self.parts.total_steps, self.parts.run.validation.patience)
 
     def _take_step(self) -> None:
         """One optimiser step on one global batch."""
@@ -120,7 +122,8 @@ class Trainer:
 
     def _validate_if_due(self) -> bool:
         """Validates where it is time to; returns whether the model is better than ever before."""
-        if self.parts.valid is None or self.position.step % self._validate_every:
+        last = self.position.step >= self.parts.total_steps
+        if self.parts.valid is None or (self.position.step % self._validate_every and not last):
             return False
         self._settle_losses()
         score = self._score(self.parts.valid)
@@ -157,10 +160,9 @@ class Trainer:
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
-        self._require_finite_weights()
-        self.store.save(
-            self.position.step, capture(self.parts, self.position), metric=self.position.best_accuracy, best=best
-        )
+        tree = capture(self.parts, self.position)
+        self._require_finite(tree)
+        self.store.save(self.position.step, tree, metric=self.position.best_accuracy, best=best)
         self._saved_at = self.position.step
 
     def _settle_losses(self) -> None:
@@ -173,18 +175,17 @@ class Trainer:
         if bad is not None:
             step, loss = bad
             raise TrainingDivergedError(
-                f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} A lower optimizer.lr, "
-                "train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
+                f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} {_CALMER}"
             )
 
-    def _require_finite_weights(self) -> None:
-        """No checkpoint holds weights that are not finite."""
-        for name, value in self.parts.model.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise TrainingDivergedError(
-                    f"after step {self.position.step} '{name}' is no longer finite; training cannot go on, and this "
-                    f"state is not saved. {self._last_good()}"
-                )
+    def _require_finite(self, tree: Tree) -> None:
+        """No checkpoint holds weights, moments or averages that are not finite."""
+        name = not_finite({key: tree[key] for key in ("model", "optimizer", "ema")})
+        if name is not None:
+            raise TrainingDivergedError(
+                f"after step {self.position.step} '{name}' is no longer finite; training cannot go on, and this "
+                f"state is not saved. {self._last_good()} {_CALMER}"
+            )
 
     def _last_good(self) -> str:
         steps = self.store.steps()
@@ -201,8 +202,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """The test score and the summary, after the last checkpoint."""
-        test = self._score(self.parts.test) if self.parts.test is not None else None
-        summary = summary_of(self.parts, self.position, test)
+        summary = summary_of(self.parts, self.position, self._score(self.parts.test))
         self.metrics.append("final", self.position.step, **summary)
         write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
 

@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from hpclr.config.schema import Optimizer as OptimizerSection
 from hpclr.errors import UsageError
 
+# Classes that a step on one batch's gradients does not suit, and why.
+UNSUITABLE = {
+    "lbfgs": "it evaluates the loss several times a step",
+    "sparseadam": "it takes sparse gradients only",
+}
 NAMED_OPTIONS = ("weight_decay", "momentum", "nesterov", "betas", "eps")
 
 
@@ -19,7 +24,7 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
     """The optimiser that the run file asks for.
 
     Raises:
-        UsageError: for an unknown name, an option that the class does not take, or a value it refuses.
+        UsageError: for an unknown or unsuitable name, an option that the class does not take, or a value it refuses.
     """
     cls = _class_named(section.name)
     options = _options(section)
@@ -27,7 +32,7 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
     try:
         optimizer: Optimizer = cast(Any, cls)([p for p in parameters if p.requires_grad], lr=section.lr, **options)
         return optimizer
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: torch.optim.{cls.__name__} refuses its options: {error}") from error
 
 
@@ -42,6 +47,11 @@ def _class_named(name: str) -> type[Optimizer]:
         close = difflib.get_close_matches(name.lower(), classes, n=1)
         hint = f"; did you mean {close[0]}?" if close else "."
         raise UsageError(f"optimizer.name: torch.optim has no '{name}'{hint} It has {', '.join(sorted(classes))}.")
+    if name.lower() in UNSUITABLE:
+        raise UsageError(
+            f"optimizer.name: {found.__name__} cannot train here: {UNSUITABLE[name.lower()]}. Use sgd, adam, adamw, "
+            "rmsprop, adagrad or another optimiser with state of its own for each parameter."
+        )
     return found
 
 

@@ -7,7 +7,6 @@ from hpclr.checkpoint import CheckpointStore, Loaded
 from hpclr.config import RunFile
 from hpclr.errors import UsageError
 from hpclr.training.assembly import Assembly, assemble
-from hpclr.training.environment import record
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile
 from hpclr.training.progress import display
@@ -28,14 +27,23 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
         HpclrError: as `Trainer.train`.
     """
     directory = RunDirectory(runs / run.name)
-    if not fresh:
+    if fresh:
+        directory.check_place()
+    else:
         directory.check(run)
     parts = assemble(run)
-    if fresh and (old := directory.set_aside()):
-        print(f"the run that was in {directory.path} is now in {old}", file=sys.stderr)
+    if fresh and directory.exists:
+        _set_aside(directory)
     with directory.locked():
+        directory.check(run)  # once more: another process may have been here while the parts were made
         _train_locked(parts, directory)
     return directory
+
+
+def _set_aside(directory: RunDirectory) -> None:
+    with directory.locked():  # not from under a process that is training in it
+        old = directory.set_aside()
+    print(f"the run that was in {directory.path} is now in {old}", file=sys.stderr)
 
 
 def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
@@ -46,7 +54,7 @@ def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
         print(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over", file=sys.stderr)
         return
     position = _resume(parts, saved, directory) if saved is not None else Position()
-    directory.create(parts.run, record(parts.device, parts.threads))
+    directory.create(parts.run, parts.environment)
     MetricsFile(directory.metrics).rewind(position.step)
     with display(parts.run.name, parts.total_steps, position.step) as shown:
         if saved is not None:
@@ -55,8 +63,7 @@ def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
 
 
 def _is_finished(saved: Loaded, parts: Assembly) -> bool:
-    position = position_of(saved.tree)
-    return position.finished and (position.step >= parts.total_steps or parts.run.validation.patience is not None)
+    return position_of(saved.tree).ended(parts.total_steps, parts.run.validation.patience)
 
 
 def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position:
@@ -67,6 +74,10 @@ def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position
             f"{parts.dataset.digest[:12]}…; give the run its data back, or start over with --fresh"
         )
     warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.threads)
-    position = restore(parts, saved.tree)
-    position.finished = False
-    return position
+    try:
+        return restore(parts, saved.tree)
+    except (ValueError, RuntimeError, KeyError) as error:  # code behind a `target:` may have changed
+        raise UsageError(
+            f"{saved.path} does not fit the model and the optimiser of this run, though its run file is the same: "
+            f"{error}. Give the run the code back that it was started with, or start over with --fresh."
+        ) from error

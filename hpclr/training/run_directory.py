@@ -1,18 +1,23 @@
 """The directory of a run: everything about it is in there."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from hpclr.config import RunFile, differences, dump, load_run_file
-from hpclr.errors import RetryableError, UsageError
+from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.files import write_whole
 
 RUNS_VARIABLE = "HPCLR_RUNS"
+_LOCK = ".lock"
+_LEFTOVERS = (_LOCK, ".tmp-")  # what a start that was killed may leave where there is no run yet
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # trying again changes nothing
 
 
 def runs_directory(option: Path | None) -> Path:
@@ -40,15 +45,32 @@ class RunDirectory:
         """Whether a run has been here."""
         return self.run_file.exists()
 
+    def check_place(self) -> None:
+        """Refuses a place that something other than a run has taken.
+
+        Raises:
+            UsageError: if it has, or if the place cannot be looked at.
+        """
+        try:
+            taken = not self.exists and self.path.exists() and not self._is_empty()
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        if taken:
+            raise UsageError(
+                f"{self.path} exists but holds no run (expected its run.yaml); choose another name (name=…)"
+            )
+
+    def _is_empty(self) -> bool:
+        return self.path.is_dir() and all(entry.name.startswith(_LEFTOVERS) for entry in self.path.iterdir())
+
     def check(self, asked: RunFile) -> None:
         """Refuses to continue another run than the one that is here.
 
         Raises:
             UsageError: with the list of differences, or if the directory holds something else.
         """
+        self.check_place()
         if not self.exists:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UsageError(f"{self.path} exists but holds no run; choose another name")
             return
         listed = differences(load_run_file(self.run_file), asked)
         if listed:
@@ -57,10 +79,8 @@ class RunDirectory:
                 "name of its own (name=…), take the changes back, or start over with --fresh (it is then set aside)."
             )
 
-    def set_aside(self) -> Path | None:
-        """Moves a run that is here out of the way; returns where to."""
-        if not self.path.exists():
-            return None
+    def set_aside(self) -> Path:
+        """Moves the run that is here out of the way; returns where to."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -68,18 +88,20 @@ class RunDirectory:
         return target
 
     def create(self, run: RunFile, environment: dict[str, object]) -> None:
-        """Makes the directory, or renews the records of one that is being continued.
+        """Writes the records of a run, or renews those of one that is being continued.
 
         Raises:
-            RetryableError: if the place cannot be written to.
+            UsageError: if the place may not be written to.
+            RetryableError: if writing fails for another reason.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_whole(self.run_file, dump(run).encode())
+            self.checkpoints.mkdir(exist_ok=True)
+            self.summary.unlink(missing_ok=True)  # of the shorter run that is being continued
             attempts = [*self.attempts(), environment]
             write_whole(self.environment, msgspec.json.format(msgspec.json.encode({"attempts": attempts}), indent=2))
         except OSError as error:
-            raise RetryableError(f"cannot write the run directory {self.path}: {error}") from error
+            raise _unusable(self.path, error) from error
 
     def attempts(self) -> list[dict[str, object]]:
         """The environment records of the attempts so far."""
@@ -92,10 +114,10 @@ class RunDirectory:
         """Holds the run directory against a second process on this machine.
 
         Raises:
-            UsageError: if another process holds it; names that process.
+            UsageError: if another process holds it; names that process. Likewise if it may not be written to.
+            RetryableError: if writing fails for another reason.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
+        with self._open_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -108,3 +130,19 @@ class RunDirectory:
             lock.write(str(os.getpid()))
             lock.flush()
             yield
+
+    def _open_lock(self) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / _LOCK).open("a+")
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> HpclrError:
+    if error.errno in _LASTING:
+        return UsageError(
+            f"the run directory {path} cannot be used: {error.strerror} ({error.filename}); make it writable, or let "
+            f"runs live elsewhere, with --runs-dir or {RUNS_VARIABLE}"
+        )
+    return RetryableError(f"the run directory {path} cannot be written: {error}")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from hpclr.checkpoint import Json, Tree
 from hpclr.config import dump
 from hpclr.training.assembly import Assembly
-from hpclr.training.environment import random_states, record, set_random_states
+from hpclr.training.environment import random_states, set_random_states
 
 
 @dataclass
@@ -24,6 +24,11 @@ class Position:
     best_step: int | None = None
     validations_since_best: int = 0
     finished: bool = False
+
+    def ended(self, total_steps: int, patience: int | None) -> bool:
+        """Whether a run of this length and with this patience is over here."""
+        tired = patience is not None and self.validations_since_best >= patience
+        return tired or self.step >= total_steps
 
 
 def capture(parts: Assembly, position: Position) -> Tree:
@@ -39,7 +44,7 @@ def capture(parts: Assembly, position: Position) -> Tree:
         "position": Json(asdict(position)),
         "run": Json({"yaml": dump(parts.run)}),
         "data": Json(_data_facts(parts)),
-        "environment": Json(record(parts.device, parts.threads)),
+        "environment": Json(parts.environment),
     }
 
 
@@ -51,6 +56,17 @@ def _data_facts(parts: Assembly) -> dict[str, Any]:
         "sample_shape": list(dataset.sample_shape),
         "sizes": dict(dataset.sizes),
     }
+
+
+def not_finite(tree: Tree, prefix: str = "") -> str | None:
+    """The path of the first tensor in a tree that holds a NaN or an infinity; None if there is none."""
+    for key, item in tree.items():
+        if isinstance(item, Mapping):
+            if found := not_finite(item, f"{prefix}{key}/"):
+                return found
+        elif isinstance(item, Tensor) and not torch.isfinite(item).all():
+            return f"{prefix}{key}"
+    return None
 
 
 def restore(parts: Assembly, tree: Tree) -> Position:

@@ -12,13 +12,13 @@ from hpclr.training.state import Position
 from hpclr.training.tasks import Score
 
 
-def summary_of(parts: Assembly, position: Position, test: Score | None) -> dict[str, Any]:
+def summary_of(parts: Assembly, position: Position, test: Score) -> dict[str, Any]:
     """The contents of `summary.json`: scores, sizes, operations, time and ranks.
 
     Args:
         parts: as they are at the end of the run.
         position: likewise.
-        test: the score on the test split, where there is one.
+        test: the score on the test split.
     """
     example = parts.example()
     sizes = _sizes(parts, example)
@@ -27,7 +27,7 @@ def summary_of(parts: Assembly, position: Position, test: Score | None) -> dict[
         "method": parts.run.method.name,
         "steps": position.step,
         "seconds": round(position.seconds, 2),
-        "test": test._asdict() if test else None,
+        "test": test._asdict(),
         "best_validation": {"accuracy": position.best_accuracy, "step": position.best_step},
         "sizes": sizes.as_dict() | {"flops_samples": len(example)},
         "layers": [asdict(layer) for layer in sizes.layers],

@@ -42,7 +42,7 @@ def comparison(summaries: Sequence[Summary], *, mean: bool = False, console: Con
         mean: one column a method, with the mean and the standard deviation over its runs, instead of one a run.
         console: where to print.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False, emoji=False)
     columns = _by_method(summaries) if mean else {summary["name"]: [summary] for summary in summaries}
     console.print(_quantities(columns))
     if not mean:
@@ -57,7 +57,7 @@ def _by_method(summaries: Sequence[Summary]) -> Columns:
 
 Value = Callable[[Summary], float | None]
 QUANTITIES: tuple[tuple[str, Value, str], ...] = (
-    ("test accuracy", lambda s: (s["test"] or {}).get("accuracy"), ".2%"),
+    ("test accuracy", lambda s: s["test"]["accuracy"], ".2%"),
     ("best validation accuracy", lambda s: s["best_validation"]["accuracy"], ".2%"),
     ("trainable parameters", lambda s: s["sizes"]["trainable"], ",.0f"),
     ("  of dense", lambda s: s["sizes"]["trainable"] / s["sizes"]["dense"], ".1%"),
@@ -76,7 +76,7 @@ QUANTITIES: tuple[tuple[str, Value, str], ...] = (
 def _divided(summary: Summary, key: str, by: str) -> float | None:
     """A quotient of two sizes; None where the operations could not be counted."""
     sizes = summary["sizes"]
-    return None if sizes[key] is None or sizes[by] is None else sizes[key] / sizes[by]
+    return None if sizes[key] is None or not sizes[by] else sizes[key] / sizes[by]
 
 
 def _quantities(columns: Columns) -> Table:
