@@ -150,6 +150,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGKILL, -9)])
 def test_a_real_process_and_a_real_signal(number, code, bench):
+    """Begun by `python -m hpclr`, ended by `hpclr`: the two are the same."""
     sections = {"train": {"steps": 400}, "checkpoint": {"every": 60}, "validation": {"every_steps": 100}}
     sections["method"] = OIALR | {"delay": 150, "every": 50}
     process = started(bench, **sections)
