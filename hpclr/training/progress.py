@@ -40,7 +40,7 @@ class Bar(Display):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False),
+            console=Console(stderr=True, highlight=False, emoji=False),
         )
         self._task = self._progress.add_task(name, total=total, completed=start, loss=float("nan"))
 

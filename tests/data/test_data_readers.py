@@ -46,7 +46,20 @@ def test_digits_keep_the_same_test_split_whatever_the_seed(tmp_path):
     _, other_x, _ = prepared(tmp_path, "digits", None, seed=1, valid_fraction=0.1, force=True)
     assert np.array_equal(x["test"], other_x["test"])
     assert not np.array_equal(x["valid"], other_x["valid"])
-    assert set(y["test"]) == set(range(10))
+    assert y["test"][:12].tolist() == [
+        5,
+        0,
+        5,
+        1,
+        5,
+        8,
+        1,
+        3,
+        2,
+        6,
+        7,
+        4,
+    ]  # in every version, or results no longer compare
 
 
 def test_digits_are_all_there_once_with_their_labels(tmp_path):
@@ -195,7 +208,9 @@ def test_a_pickled_array_of_objects_is_refused(tmp_path):
     folder.mkdir()
     sets = cifar_sets()
     write_pickled(folder, sets | {"data_batch_1": (sets["test_batch"][0].astype(object), sets["test_batch"][1])})
-    assert "data_batch_1" in refusal(tmp_path, "cifar10", folder)
+    message = refusal(tmp_path, "cifar10", folder)
+    assert "data_batch_1" in message
+    assert "array of numbers, found type 'object'" in message
 
 
 @pytest.mark.parametrize(

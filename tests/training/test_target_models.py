@@ -1,5 +1,6 @@
 """Models of the user's own, by `target: module:factory`."""
 
+import importlib
 import sys
 
 import pytest
@@ -73,20 +74,12 @@ def test_lazy_layers_get_their_shapes_in_time(own, bench):
         ("syntax:Net", ("cannot import 'syntax:Net'", "SyntaxError")),
     ],
 )
-def test_what_does_not_work_is_refused(target, texts, own, bench):
+def test_what_does_not_work_is_refused(target, texts, own, bench, monkeypatch):
     (bench.path / "syntax.py").write_text("def (:")
-    (bench.path / "imported").write_text("")
-    sys.dont_write_bytecode, was = True, sys.dont_write_bytecode
-    try:
-        __import__("pytest")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(bench.path))
-            import importlib
-
-            importlib.import_module(own)
-            refused(bench, texts=texts, model={"target": target.replace("OWN", own)})
-    finally:
-        sys.dont_write_bytecode = was
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(bench.path)
+    importlib.import_module(own)  # so that what it writes is there before
+    refused(bench, texts=texts, model={"target": target.replace("OWN", own)})
 
 
 def test_wrong_arguments_and_wrong_outputs_are_refused(own, bench):
