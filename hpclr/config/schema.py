@@ -157,7 +157,7 @@ class Cosine(Section, kw_only=True, frozen=True):
 
     name: Annotated[Literal["cosine"], doc("This kind of schedule.")] = "cosine"
     warmup_steps: Warmup = 0
-    min_lr: Annotated[NonNegative, doc("Learning rate at the last step.")] = 0.0
+    min_lr: Annotated[NonNegative, doc("Learning rate at the end of the run.")] = 0.0
 
 
 class Step(Section, kw_only=True, frozen=True):

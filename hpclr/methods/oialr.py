@@ -289,7 +289,9 @@ class OIALR(Method):
             elif site.is_lowrank:
                 site.densify()
         self._counter.taken = int(state["steps"])
-        self._last_check, self.failures = int(state["last_check"]), int(state["failures"])
+        # a run made longer has its checks elsewhere, if they are fractions of it
+        self._last_check = min(int(state["last_check"]), self._schedule.latest(self.steps))
+        self.failures = int(state["failures"])
         self._watched = {name: int(rank) for name, rank in saved.items()}
         self._noise = {name: float(noise) for name, noise in state["noise"].items()}
         self._tracker.load_state_dict(state["stability"])

@@ -162,7 +162,7 @@ class Trainer:
         self._clock = now
         tree = capture(self.parts, self.position)
         self._require_finite(tree)
-        self.store.save(self.position.step, tree, metric=self.position.best_accuracy, best=best)
+        self.store.save(self.position.step, tree, metric=self.position.best_accuracy if best else None, best=best)
         self._saved_at = self.position.step
 
     def _settle_losses(self) -> None:

@@ -10,8 +10,10 @@ JOB = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_oialr_is_within_a_point_of_dense_with_a_quarter_of_the_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("datasets").mkdir()
     assert hpclr("data", "prepare", "digits", "datasets/digits.h5", "--valid-fraction", "0.1").code == 0
     found: dict[str, list[float]] = {"oialr": [], "dense": []}
     for seed in (0, 1, 2):

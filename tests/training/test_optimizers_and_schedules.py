@@ -25,7 +25,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+COMMON = {"sgd", "adam", "AdamW", "rmsprop", "adagrad"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COMMON else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_oialr_trains_with(name, bench):
     run = bench.train(optimizer={"name": name} | OPTIMIZERS[name], train={"steps": 20}, checkpoint={"every": 100})
     losses = [record["loss"] for record in records(run, "train")]
