@@ -5,7 +5,6 @@ and found, and what to do. The rooms that know nothing of commands (`lowrank`, `
 `models`) raise plain `ValueError`, `TypeError`; whoever calls them for a run file translates.
 """
 
-EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_RETRY = 75

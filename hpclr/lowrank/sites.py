@@ -16,8 +16,6 @@ from hpclr.lowrank.kinds import kind_of, lowrank_class, slots_of
 from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, uninstall
 from hpclr.lowrank.product import Factors
 
-DEFAULT_MAX_ASPECT = 10.0
-
 
 @dataclass(eq=False)
 class WeightSite:
@@ -140,7 +138,10 @@ def select(
 
     Raises:
         ValueError: if a pattern matches no layer.
+        TypeError: if a string is given where a list of patterns belongs.
     """
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise TypeError("include and exclude take a list of patterns; for a single one write ['…']")
     selection = Selection()
     shared = _shared_storage(model)
     selection.candidates = candidates = list(_sites(model, selection))

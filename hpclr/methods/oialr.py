@@ -120,7 +120,7 @@ class OIALR(Method):
         self._when_stable, self._when_it_pays = freeze == "stable", convert == "when_it_pays"
         self._placement = placement or Here()
         self._hooks: list[ChangeHook] = []
-        self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr)
+        self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr, [s.parameter for s in chosen.eligible])
         self._tracker = StabilityTracker(stability_threshold)
         self._watched = {site.name: site.rank for site in chosen.eligible}
         self._noise: dict[str, float] = {}

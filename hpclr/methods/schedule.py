@@ -7,7 +7,7 @@ from math import ceil, floor
 
 def exact(number: float) -> Fraction:
     """The simple fraction that a decimal number stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
-    return Fraction(number).limit_denominator(10**6)
+    return Fraction(number).limit_denominator(10**6) or Fraction(number)
 
 
 def in_steps(name: str, value: float, total_steps: int | None) -> int:

@@ -19,15 +19,33 @@ class OptimizerSteps:
         scaled: the parameters whose every update is multiplied by `factor`, asked anew at each step.
         factor: 1.0 leaves the updates as they are. For optimisers whose update is proportional to the learning
             rate this is a factor on it, for these parameters alone and under any schedule.
+        watched: the parameters that a method changes by these steps; no second method may change them too.
+
+    Raises:
+        ValueError: if another method already changes one of them through this optimiser.
     """
 
-    def __init__(self, optimizer: Optimizer, scaled: Callable[[], Sequence[nn.Parameter]], factor: float) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scaled: Callable[[], Sequence[nn.Parameter]],
+        factor: float,
+        watched: Sequence[nn.Parameter] = (),
+    ) -> None:
         self.taken = 0
+        self._watched = {id(parameter) for parameter in watched}
+        _refuse_second(optimizer, self._watched)
         self._scaled, self._factor = scaled, factor
         self._before: list[tuple[nn.Parameter, Tensor]] = []
         if factor != 1.0:
             optimizer.register_step_pre_hook(self._remember)
         optimizer.register_step_post_hook(self._after)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a method is bound to its optimiser by hooks, which copies and pickles lose; "
+            "make a new one and give it the state_dict() of this one"
+        )
 
     def _remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._before = [(p, p.detach().clone()) for p in self._scaled()]
@@ -41,3 +59,13 @@ class OptimizerSteps:
         for parameter, before in self._before:
             parameter.copy_(before + self._factor * (parameter - before))
         self._before = []
+
+
+def _refuse_second(optimizer: Optimizer, watched: set[int]) -> None:
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, OptimizerSteps) and other._watched & watched:
+            raise ValueError(
+                "another method already trains layers of this model through this optimiser; give the two different "
+                "layers (include=, exclude=), or make model and optimiser anew"
+            )

@@ -10,7 +10,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from hpclr.lowrank import factorize, select
-from hpclr.lowrank.sites import DEFAULT_MAX_ASPECT
 
 COMPUTED = "its weight is computed from other parameters"
 
@@ -124,7 +123,7 @@ def names(selection):
 
 
 def test_the_limit_of_the_aspect_ratio_is_exclusive():
-    selection = select(stack(80, 8, 8, 81, 8), max_aspect=DEFAULT_MAX_ASPECT)
+    selection = select(stack(80, 8, 8, 81, 8), max_aspect=10.0)
     assert names(selection) == ["1"]
     assert "of aspect ratio 10 ≥ 10 (max_aspect)" in selection.left_alone["0"]
     assert "its weight is 81×8" in selection.left_alone["2"]

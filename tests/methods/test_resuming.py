@@ -178,3 +178,18 @@ def test_a_state_with_ranks_that_do_not_fit_is_refused_before_anything_changes()
     with pytest.raises(ValueError, match=r"layers 2 differ"):
         fresh.load_state_dict(trained.state_dict())
     assert not any(fresh.frozen.values())
+
+
+def test_a_run_made_longer_goes_on_checking():
+    """Fractions of a longer run put the checks elsewhere; those still to come are made."""
+    model = mlp([8, 8, 8])
+    short = OIALR(model, idle(model), delay=0.2, every=0.1, total_steps=10)
+    longer_model = mlp([8, 8, 8])
+    longer = OIALR(longer_model, idle(longer_model), delay=0.2, every=0.1, total_steps=40)
+    short._counter.taken = 10
+    short.step()
+    longer.load_state_dict(short.state_dict())
+    for taken in range(11, 41):
+        longer._counter.taken = taken
+        longer.step()
+    assert longer.checks >= 7

@@ -169,3 +169,7 @@ def test_more_calls_than_steps_change_nothing():
         model.train()
     assert (oialr.steps, oialr.checks) == (0, 0)
     assert oialr.frozen == {"0": False}
+
+
+def test_the_smallest_layer_fraction_still_covers_a_layer():
+    assert CheckSchedule(delay=0, every=1, layer_fraction=1e-9).covered(1, 10) == 1

@@ -1,5 +1,8 @@
 """What is refused before training starts, and in which words; and the small print of the interface."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from small_runs import idle, mlp, stack, with_spectrum
@@ -207,3 +210,25 @@ def test_a_placement_decides_who_examines_and_all_apply():
     oialr.step()
     assert asked == {"0": 8 * 8 * 16, "2": 8 * 8 * 16}
     assert all(oialr.frozen.values())
+
+
+def test_a_copy_or_a_pickle_is_refused_since_it_would_lose_its_hooks():
+    method = make()
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            attempt(method)
+
+
+def test_two_methods_share_an_optimiser_only_for_different_layers():
+    model = mlp([8, 8, 8, 8])
+    optimizer = idle(model)
+    make(model, optimizer, include=["0"], keep_last=False)
+    with pytest.raises(ValueError, match="another method"):
+        make(model, optimizer, include=["0", "2"], keep_last=False)
+    make(model, optimizer, include=["2"], keep_last=False)
+
+
+def test_patterns_come_in_a_list():
+    for setting in ("include", "exclude"):
+        with pytest.raises(TypeError, match="list of patterns"):
+            make(**{setting: "0"})
