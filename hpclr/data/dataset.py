@@ -1,6 +1,7 @@
 """Opening a dataset file: everything that could stop a training run later is found here."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class Dataset:
         std: likewise, never zero.
         sizes: split → number of samples.
         digest: sha256 of the content.
+        stamp: size in bytes and time of the last change (mtime_ns) of the file when it was opened. As long as
+            it stays the same, so most likely has the content.
     """
 
     def __init__(self, path: Path, file: h5py.File, task: str, sizes: dict[str, int]) -> None:
@@ -59,6 +62,7 @@ class Dataset:
         self.classes: list[str] = decode_json(file[NAMES[task]][...])
         self.trusted = _is_checked(file)
         self.digest = text(file.attrs["digest"]) if self.trusted else ""
+        self.stamp = _stamp(file)
 
     def __enter__(self) -> "Dataset":
         return self
@@ -81,7 +85,38 @@ class Dataset:
         with _damage_named(self.path, f"{split}/{field}"):
             return _rows(self._file[split][field], unique)[places]
 
-    def _scan(self) -> None:
+    def verify(self) -> None:
+        """Reads every value of a file that says it was checked, and compares the digest with the one it names.
+
+        Of any other file every value was read when it was opened.
+
+        Raises:
+            UsageError: if the content is not the one of the digest, or holds values that must not be there.
+        """
+        if self.trusted and (found := self._scan()) != self.digest:
+            raise UsageError(
+                f"{self.path}: the content is not what the file was checked with: its attribute digest is "
+                f"{self.digest}, the digest of its content {found}. Prepare the data again, or, if the change is "
+                "meant, remove the attributes checked and digest."
+            )
+
+    def check(self, split: str, arrays: dict[str, Array], first: int = 0) -> None:
+        """Refuses values that must not be in a dataset.
+
+        Args:
+            split: where the rows are from, for the message.
+            arrays: field → rows, all of one length.
+            first: index of the first of them in the split.
+
+        Raises:
+            UsageError: for a value that is not finite and a label without a class, naming split and index.
+        """
+        fault = fault_in(arrays, len(self.classes))
+        if fault is not None:
+            row, what = fault
+            raise UsageError(f"{self.path}: {split} split, sample {first + row} (from 0): {what}. Repair the file.")
+
+    def _scan(self) -> str:
         """Reads every value once: refuses what must not be there, and computes the digest on the way."""
         digest = ContentDigest(self.task)
         for split, size in self.sizes.items():
@@ -90,17 +125,14 @@ class Dataset:
                 self._scan_block(split, first, first + step, digest)
         for name in ("mean", "std", NAMES[self.task]):
             digest.update(name, self._file[name][...])
-        self.digest = digest.hexdigest()
+        return digest.hexdigest()
 
     def _scan_block(self, split: str, first: int, last: int, digest: ContentDigest) -> None:
         with _damage_named(self.path, split):
             arrays = {field: self._file[split][field][first:last] for field in FIELDS[self.task]}
         for field, values in arrays.items():
             digest.update(f"{split}/{field}", values)
-        fault = fault_in(arrays, len(self.classes))
-        if fault is not None:
-            row, what = fault
-            raise UsageError(f"{self.path}: {split} split, sample {first + row} (from 0): {what}. Repair the file.")
+        self.check(split, arrays, first)
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -122,7 +154,7 @@ def open_dataset(path: Path) -> Dataset:
             sizes = {split: len(file[split][FIELDS[task][0]]) for split in SPLITS if split in file}
             dataset = Dataset(path, file, task, sizes)
         if not dataset.trusted:
-            dataset._scan()
+            dataset.digest = dataset._scan()
     except BaseException:
         file.close()
         raise
@@ -178,6 +210,12 @@ def _task(path: Path, file: h5py.File) -> str:
 
 def _is_checked(file: h5py.File) -> bool:
     return bool(file.attrs.get("checked", False)) and bool(_DIGEST.fullmatch(text(file.attrs.get("digest", ""))))
+
+
+def _stamp(file: h5py.File) -> dict[str, int]:
+    """Of the open file itself: its name may lead to another one by now."""
+    status = os.fstat(file.id.get_vfd_handle())
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _check_structure(path: Path, file: h5py.File, task: str) -> None:

@@ -64,7 +64,8 @@ class Loader:
         dtype: of x.
 
     Raises:
-        UsageError: for a split that is not there, a batch larger than it, or options that do not fit the data.
+        UsageError: for a split that is not there, a batch larger than it, or options that do not fit the data;
+            for values that must not be there, in a split that is kept in memory.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Loader:
         self._std = torch.from_numpy(dataset.std).to(dtype).reshape(channels)
         size_bytes = self.size * math.prod(dataset.sample_shape) * dataset.dtype.itemsize
         keep = size_bytes < _IN_MEMORY_BYTES if in_memory == "auto" else in_memory
-        self._kept = {field: self._read_all(field) for field in ("x", "y")} if keep else None
+        self._kept = self._read_all() if keep else None
 
     def __len__(self) -> int:
         """Batches an epoch, the smaller last one included."""
@@ -125,8 +126,11 @@ class Loader:
             return torch.from_numpy(self.dataset.read(self.split, field, indices))
         return self._kept[field].index_select(0, torch.from_numpy(indices))
 
-    def _read_all(self, field: str) -> Tensor:
-        return torch.from_numpy(self.dataset.read_all(self.split, field))
+    def _read_all(self) -> dict[str, Tensor]:
+        """The whole split, checked while at hand: `checked` and `digest` may have been copied from another file."""
+        arrays = {field: self.dataset.read_all(self.split, field) for field in ("x", "y")}
+        self.dataset.check(self.split, arrays)
+        return {field: torch.from_numpy(values) for field, values in arrays.items()}
 
 
 def _check(dataset: Dataset, split: str, batch_size: int, augment: Augment | None, mixup: float) -> None:

@@ -13,6 +13,8 @@ from zipfile import BadZipFile
 from hpclr.data.layout import Array
 from hpclr.errors import UsageError
 
+_MOST_CLASSES = 1_000_000  # more only where there are as many samples: every class has a name in memory
+
 
 class Block(NamedTuple):
     """Consecutive rows of a split."""
@@ -98,6 +100,17 @@ def check_lengths(x_file: object, x_length: int, y_file: object, y_length: int) 
         )
 
 
-def class_numbers(*labels: Array) -> list[str]:
-    """Names "0", "1", … for labels whose classes have none, up to the largest label seen."""
-    return [str(number) for number in range(1 + max((int(y.max()) for y in labels if y.size), default=0))]
+def class_numbers(path: Path, *labels: Array) -> list[str]:
+    """Names "0", "1", … for labels whose classes have none, up to the largest label seen.
+
+    Raises:
+        UsageError: if the largest label is too large for the number of a class.
+    """
+    largest = max((int(y.max()) for y in labels if y.size), default=0)
+    limit = max(_MOST_CLASSES, sum(y.size for y in labels))
+    if largest >= limit:
+        raise UsageError(
+            f"{path}: the largest label is {largest}, expected one below {limit}: labels are the numbers of the "
+            "classes from 0. Number the classes in turn."
+        )
+    return [str(number) for number in range(1 + largest)]

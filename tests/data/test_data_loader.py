@@ -197,6 +197,20 @@ def test_flat_samples(tmp_path):
             loader(dataset, augment=Augment(flip=True))
 
 
+def test_a_file_that_wrongly_says_it_was_checked_is_found_out(tmp_path):
+    path = write_by_hand(tmp_path / "copied.h5", dtype="float32")
+    with h5py.File(path, "a") as file:
+        file.attrs.update(checked=True, digest="0" * 64)
+        file["train/x"][31, 0, 1, 2] = np.nan
+        file["valid/y"][4] = 3
+    with open_dataset(path) as dataset:
+        with pytest.raises(UsageError, match=r"copied.h5: train split, sample 31 \(from 0\): x holds a value"):
+            loader(dataset)
+        with pytest.raises(UsageError, match=r"valid split, sample 4 \(from 0\): the label is 3, expected 0 to 2"):
+            loader(dataset, "valid")
+        loader(dataset, "test")
+
+
 def test_reading_from_disk_finds_damage(tmp_path):
     path = tmp_path / "d.h5"
     with h5py.File(write_by_hand(tmp_path / "plain.h5")) as source, h5py.File(path, "w", libver="v110") as file:

@@ -155,6 +155,32 @@ def test_a_fault_behind_the_first_block_is_found(tmp_path, monkeypatch):
     assert "train split, sample 49" in refusal(path)
 
 
+def test_the_stamp_is_that_of_the_file_when_it_was_opened(path):
+    with open_dataset(path) as dataset:
+        before = path.stat()
+        assert dataset.stamp == {"size": before.st_size, "mtime_ns": before.st_mtime_ns}
+    with h5py.File(path, "a") as file:
+        file["more"] = 1
+    with open_dataset(path) as changed:
+        assert changed.stamp["size"] > dataset.stamp["size"]
+        assert changed.stamp["mtime_ns"] > dataset.stamp["mtime_ns"]
+
+
+def test_verifying_finds_content_that_is_not_the_one_of_the_digest(path, tmp_path):
+    out = tmp_path / "out.h5"
+    prepare("digits", None, out)
+    for right in (path, out):
+        with open_dataset(right) as dataset:
+            dataset.verify()
+    with h5py.File(out, "a") as file:
+        digest = file.attrs["digest"].decode()
+        file["test/x"][7, 0, 1, 2] += 1
+    with open_dataset(out) as dataset, pytest.raises(UsageError) as caught:
+        dataset.verify()
+    for part in (str(out), digest, digest_as_documented(out)):
+        assert part in str(caught.value)
+
+
 def test_rows_come_in_the_order_asked_for(path):
     rows = np.array([7, 3, 3, 49, 0])
     with open_dataset(path) as dataset:

@@ -110,9 +110,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(archive, tm
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_writer_leaves_no_target_and_the_next_one_sweeps(tmp_path, sent):
     program = f"""
+import signal
 import time
 from pathlib import Path
 from hpclr.data import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without
 def pause(done, total):
     print("begun", flush=True)
     time.sleep(60)

@@ -297,6 +297,8 @@ def test_npz_with_a_validation_split_and_other_names(tmp_path):
         ({"y_train": np.zeros(19, dtype=int)}, "holds 20 samples but"),
         ({"y_train": np.arange(20) - 1}, "array x_train: sample 0 (from 0): the label is -1"),
         ({"x_test": np.zeros((9, 6, 7, 3), dtype=np.uint8)}, "expected samples (6, 6, 3) uint8"),
+        ({"y_train": np.array([2**40] + [0] * 19)}, "the largest label is 1099511627776, expected one below 1000000"),
+        ({"x_train": np.zeros((20, 0)), "x_test": np.zeros((9, 0))}, "found samples of shape (0,)"),
     ],
 )
 def test_npz_faults(tmp_path, arrays, message):
@@ -357,6 +359,35 @@ def test_series_without_header_and_date(tmp_path):
 def test_series_faults_name_row_and_column(tmp_path, row, message):
     rows = [(1.0, 2.0)] * 60 + [row] + [(1.0, 2.0)] * 20
     path = put(tmp_path / "s.csv", series_text(rows).encode())
+    assert message in refusal(tmp_path, "csv", path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0,5;0", "column 'a' of data row 0 (from 0): expected a number, found '0,5'. Write decimals with a point"),
+        ("1.234,5;0", "column 'a' of data row 0 (from 0): expected a number, found '1.234,5'. Write decimals"),
+        ("?;0", "column 'a' of data row 0 (from 0): expected a number, found '?'. Fill in"),
+        (";0", "column 'a' of data row 0 (from 0): expected a number, found ''. Fill in"),
+    ],
+)
+def test_a_column_that_is_no_date_is_not_left_out(tmp_path, row, message):
+    path = put(tmp_path / "s.csv", f"a;b\n{row}\n1;2\n".encode() + b"3;4\n" * 20)
+    assert message in refusal(tmp_path, "csv", path)
+
+
+def test_decimal_commas_without_a_header_are_named(tmp_path):
+    path = put(tmp_path / "s.csv", b"0,5;0,7\n" * 20)
+    assert "column '0' of data row 0 (from 0): expected a number, found '0,5'" in refusal(tmp_path, "csv", path)
+
+
+@pytest.mark.parametrize(("row", "count"), [("7", 1), ("7,8,9", 3), ("2024,7,8,9", 4)])
+@pytest.mark.parametrize("date", ["", '"Jan 1, 2024",'])
+def test_rows_of_another_length_are_refused(tmp_path, row, count, date):
+    good = f"{date}1,2\n"
+    path = put(tmp_path / "s.csv", (good * 30 + f"{date}{row}\n" + good * 30).encode())
+    more = 1 if date else 0
+    message = f"data row 30 (from 0) has {count + more} columns, expected {2 + more}"
     assert message in refusal(tmp_path, "csv", path)
 
 
@@ -422,6 +453,38 @@ def test_imagefolder_faults(tmp_path):
     (root / "test" / "bee").rename(root / "test" / "wasp")
     assert "no class 'wasp'" in refusal(tmp_path, "imagefolder", root)
     assert "train" in refusal(tmp_path, "imagefolder", root / "train")
+
+
+def test_imagefolder_refuses_grey_of_16_bits(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    root = tree(tmp_path)
+    odd = root / "val" / "ant" / "2.png"
+    image.fromarray(np.full((10, 8), 30_000, dtype=np.uint16)).save(odd)
+    message = refusal(tmp_path, "imagefolder", root)
+    assert f"{odd}: expected a picture with 8 bits a channel" in message
+    assert "mode I" in message
+
+
+def test_imagefolder_names_what_it_leaves_out_and_skips_what_is_hidden(tmp_path):
+    root = tree(tmp_path, ("train", "test"))
+    (root / "train" / ".cache" / "deep").mkdir(parents=True)
+    for name in (".cache/deep/0.png", "ant/._0.png", ".DS_Store"):
+        put(root / "train" / name, b"no picture")
+    for name in ("list.txt", "bee/a.webp", "bee/b.gif", "bee/c.gif"):
+        put(root / "train" / name, b"no picture")
+    with pytest.warns(UserWarning, match="4 other files are left out: list.txt, bee/a.webp, bee/b.gif, …") as warned:
+        dataset, _, _ = prepared(tmp_path, "imagefolder", root)
+    assert len(warned) == 1
+    assert dataset.classes == ["ant", "bee"]
+    assert dataset.sizes == {"train": 8, "test": 8}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_imagefolder_refuses_a_class_without_pictures(tmp_path, split):
+    root = tree(tmp_path)
+    for path in (root / split / "bee").iterdir():
+        path.rename(path.with_suffix(".tif"))
+    assert f"{root / split / 'bee'}: expected pictures" in refusal(tmp_path, "imagefolder", root)
 
 
 # --- all

@@ -1,5 +1,6 @@
 """What a person sees: plain lines in a log, a bar on a terminal."""
 
+import contextlib
 import io
 import os
 import pty
@@ -39,6 +40,16 @@ def test_lines_come_now_and_then_and_at_the_end(seconds, lines, capsys, monkeypa
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
+def everything(terminal: int) -> str:
+    """What has been written to a pseudo-terminal; one read gives a part of it."""
+    os.set_blocking(terminal, False)
+    parts = []
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(terminal, 4096):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
@@ -51,7 +62,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
                 shown.step(step, 0.25)
                 shown.note("check [1/2] at step 2 :smile:")
         terminal.flush()
-        seen = os.read(ours, 100_000).decode()
+        seen = everything(ours)
     os.close(ours)
     assert "digits" in seen
     assert "3/3" in seen
@@ -73,7 +84,7 @@ def test_a_whole_run_on_a_terminal(bench, monkeypatch):
         with pytest.raises(SystemExit) as caught:
             main(["train", str(bench.write(train={"steps": 4}))])
         terminal.flush()
-        seen = os.read(ours, 100_000).decode()
+        seen = everything(ours)
     os.close(ours)
     assert caught.value.code == 0
     assert "4/4" in seen

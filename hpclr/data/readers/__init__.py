@@ -50,6 +50,8 @@ def open_source(name: str, path: Path | None, image_size: int | None = None) -> 
     read = getattr(import_module(f"{__name__}.{module}"), function)
     options = {"image_size": image_size} if reader.sized else {}
     source: Source = read(*_paths(name, reader, path), **options)
+    if 0 in source.row_shape:
+        raise UsageError(f"{path}: expected samples of at least one value, found samples of shape {source.row_shape}")
     return replace(source, origin=path or name)
 
 

@@ -46,7 +46,7 @@ def read(folder: Path) -> Source:
         check_lengths(images[split], shapes[split][0], files[split], len(labels[split]))
     _check_same_size(images, shapes)
     parts = {split: _part(images[split], shapes[split], labels[split]) for split in _SPLITS}
-    return Source("classification", class_numbers(*labels.values()), (1, *shapes["train"][1:]), "uint8", parts)
+    return Source("classification", class_numbers(folder, *labels.values()), (1, *shapes["train"][1:]), "uint8", parts)
 
 
 def read_fashion_mnist(folder: Path) -> Source:

@@ -1,5 +1,6 @@
 """A tree of pictures: root/{train,val,test}/CLASS/*.png or jpg."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +37,7 @@ def read(folder: Path, image_size: int | None = None) -> Source:
     _pillow()
     check_folder(folder, "train, val and test, each with a folder of pictures for every class")
     roots = _roots(folder)
-    classes = sorted(path.name for path in roots["train"].iterdir() if path.is_dir())
+    classes = [path.name for path in _class_folders(roots["train"])]
     pictures = {split: _pictures(root, classes) for split, root in roots.items()}
     shape = (3, image_size, image_size) if image_size else _shape_of(pictures["train"][0].path)
     parts = {split: _part(found, image_size, shape, roots[split]) for split, found in pictures.items()}
@@ -63,25 +64,55 @@ def _roots(folder: Path) -> dict[str, Path]:
     return roots
 
 
+def _class_folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _pictures(root: Path, classes: list[str]) -> list[_Picture]:
-    found = [
-        _Picture(path, _label(path.relative_to(root), classes, root))
-        for path in sorted(root.glob("*/**/*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not found:
-        raise UsageError(f"{root}: expected pictures in CLASS/*.png or CLASS/*.jpg, found none")
+    files = {folder: _files(folder) for folder in _class_folders(root)}
+    if not files:
+        raise UsageError(f"{root}: expected pictures in CLASS/*.png or CLASS/*.jpg, found no folder of a class")
+    found = []
+    for folder, paths in files.items():
+        label = _label(folder, classes)
+        found += [_Picture(path, label) for path in paths if _is_picture(path)]
+        if not any(map(_is_picture, paths)):
+            raise UsageError(
+                f"{folder}: expected pictures *.png or *.jpg of class '{folder.name}', found none. "
+                "Put some there, or remove the folder."
+            )
+    loose = [path for path in sorted(root.iterdir()) if not (path.is_dir() or path.name.startswith("."))]
+    _warn_of_others(root, loose + [path for paths in files.values() for path in paths if not _is_picture(path)])
     return found
 
 
-def _label(path: Path, classes: list[str], root: Path) -> int:
-    name = path.parts[0]
-    if name not in classes:
+def _files(folder: Path) -> list[Path]:
+    """The files in and below a folder in the order of their names, without what is hidden."""
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path for path in paths if not any(name[0] == "." for name in path.relative_to(folder).parts))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _warn_of_others(root: Path, others: list[Path]) -> None:
+    if others:
+        names = ", ".join(str(path.relative_to(root)) for path in others[:3])
+        warnings.warn(
+            f"{root}: only .png, .jpg and .jpeg in the folder of a class are read; {len(others)} other "
+            f"{'file is' if len(others) == 1 else 'files are'} left out: {names}{', …' if len(others) > 3 else ''}",
+            stacklevel=2,
+        )
+
+
+def _label(folder: Path, classes: list[str]) -> int:
+    if folder.name not in classes:
         raise UsageError(
-            f"{root / name}: the training split has no class '{name}'; it has {', '.join(classes[:10])}"
+            f"{folder}: the training split has no class '{folder.name}'; it has {', '.join(classes[:10])}"
             f"{' …' if len(classes) > 10 else ''}. All splits must have the same classes."
         )
-    return classes.index(name)
+    return classes.index(folder.name)
 
 
 def _shape_of(path: Path) -> tuple[int, ...]:
@@ -115,12 +146,22 @@ def _decode(path: Path, image_size: int | None) -> Array:
     library = _pillow()
     try:
         with reading(path), library.open(path, formats=("PNG", "JPEG")) as file:
+            _check_depth(path, file.mode)
             picture = file.convert("RGB")
     except (library.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UsageError(f"{path}: the picture cannot be decoded ({error}). Replace or remove it.") from error
     if image_size:
         picture = _middle_square(picture, image_size)
     return np.ascontiguousarray(np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _check_depth(path: Path, mode: str) -> None:
+    """Refuses grey values of 16 and 32 bits, which pillow would cut off at 255 instead of scaling them."""
+    if mode.startswith(("I", "F")):
+        raise UsageError(
+            f"{path}: expected a picture with 8 bits a channel, found one of 16 or 32 bits (pillow's mode {mode}). "
+            "Scale it to 0 to 255 and save it with 8 bits, or save the arrays as .npz and take the reader npz."
+        )
 
 
 def _middle_square(picture: "Image", size: int) -> "Image":

@@ -53,7 +53,7 @@ def read(path: Path) -> Source:
     dtype = "uint8" if first.dtype == np.uint8 else "float32"
     parts = {split: _part(x, labels[split], dtype) for split, (x, _) in pairs.items()}
     row_shape = _channels_first(np.empty((0, *first.shape[1:])), first).shape[1:]
-    return Source("classification", class_numbers(*labels.values()), row_shape, dtype, parts)
+    return Source("classification", class_numbers(path, *labels.values()), row_shape, dtype, parts)
 
 
 def _headers(path: Path) -> dict[str, _Array]:

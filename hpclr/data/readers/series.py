@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,6 @@ from hpclr.data.source import Block, Part, Source, open_binary, reading
 from hpclr.errors import UsageError
 
 _SHARES = {"train": 0.7, "valid": 0.1}  # in time; the rest is the test split
-_DELIMITERS = ",;\t"
 
 
 class _Table(NamedTuple):
@@ -25,6 +25,10 @@ class _Table(NamedTuple):
     header: list[str]  # empty if the first line is data already
     skip: int  # columns before the numbers: 1 with a date, else 0
     width: int  # columns of numbers
+
+    def cells(self, line: str) -> list[str]:
+        """The columns of a line, those before the numbers included."""
+        return next(csv.reader([line.strip("\r\n")], delimiter=self.delimiter)) or [""]
 
 
 def read(path: Path) -> Source:
@@ -48,16 +52,17 @@ def read(path: Path) -> Source:
 def _table(path: Path) -> _Table:
     plain = _Table(path, ",", [], 0, 0)
     first, second = [*islice(_lines(plain), 2), "", ""][:2]
-    delimiter = max(_DELIMITERS, key=first.count)
-    head, row = _cells(first, delimiter), _cells(second, delimiter)
-    header = [] if _is_number(head[-1]) else head
-    skip = 0 if _is_number(row[0]) else 1
+    # numbers and dates hold neither tab nor semicolon, but perhaps a comma
+    table = plain._replace(delimiter=next((sign for sign in "\t;" if sign in second), ","))
+    head, row = table.cells(first), table.cells(second)
+    header = [] if _is_number(_without_commas(head[-1])) else head
+    skip = 1 if _is_date(row[0]) else 0
     if len(row) <= skip or len(head) != len(row):
         raise UsageError(
             f"{path}: expected rows of numbers separated by comma, semicolon or tab, with or without a line of names "
             f"above and a date in front; found '{first[:60]}' and then '{second[:60]}'"
         )
-    return _Table(path, delimiter, header, skip, len(row) - skip)
+    return table._replace(header=header, skip=skip, width=len(row) - skip)
 
 
 def _lines(table: _Table) -> Iterator[str]:
@@ -67,16 +72,21 @@ def _lines(table: _Table) -> Iterator[str]:
         yield from islice(lines, 1 if table.header else 0, None)
 
 
-def _cells(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line.strip("\r\n")], delimiter=delimiter)) or [""]
-
-
 def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
         return False
     return True
+
+
+def _without_commas(cell: str) -> str:
+    return cell.replace(",", "")
+
+
+def _is_date(cell: str) -> bool:
+    """Whether a cell has digits but is no number, not even one with a decimal comma."""
+    return any(sign.isdigit() for sign in cell) and not _is_number(_without_commas(cell))
 
 
 def _part(table: _Table, first: int, last: int) -> Part:
@@ -93,26 +103,36 @@ def _part(table: _Table, first: int, last: int) -> Part:
 
 def _numbers(lines: list[str], table: _Table, start: int) -> Array:
     columns = range(table.skip, table.skip + table.width)
-    try:
-        return np.loadtxt(
-            lines, dtype=np.float32, delimiter=table.delimiter, usecols=columns, ndmin=2, quotechar='"', comments=None
-        )
-    except ValueError as error:
-        raise UsageError(f"{table.path}: {_first_fault(lines, table, start)}") from error
+    if not any(_is_too_long(line, table) for line in lines):
+        with suppress(ValueError):
+            return np.loadtxt(
+                lines, np.float32, delimiter=table.delimiter, usecols=columns, ndmin=2, quotechar='"', comments=None
+            )
+    raise UsageError(f"{table.path}: {_first_fault(lines, table, start)}")
+
+
+def _is_too_long(line: str, table: _Table) -> bool:
+    """Whether a row has more columns than the first, which numpy would leave out without a word."""
+    width = table.skip + table.width
+    return line.count(table.delimiter) >= width and len(table.cells(line)) > width
 
 
 def _first_fault(lines: list[str], table: _Table, start: int) -> str:
     """Where the fast reading failed, and on what."""
     width = table.skip + table.width
     for row, line in enumerate(lines, start):
-        cells = _cells(line, table.delimiter)
-        if len(cells) < width:
-            return f"data row {row} (from 0) has {len(cells)} columns, expected {width}. Complete or remove the row."
-        for column, cell in enumerate(cells[table.skip : width], table.skip):
+        cells = table.cells(line)
+        if len(cells) != width:
+            return f"data row {row} (from 0) has {len(cells)} columns, expected {width}. Repair or remove the row."
+        for column, cell in enumerate(cells[table.skip :], table.skip):
             if not _is_number(cell):
                 name = table.header[column] if table.header else str(column)
-                return (
-                    f"column '{name}' of data row {row} (from 0): expected a number, found '{cell[:40]}'. "
-                    "Fill in or remove rows with missing values; remove columns without numbers."
-                )
+                where = f"column '{name}' of data row {row} (from 0)"
+                return f"{where}: expected a number, found '{cell[:40]}'. {_remedy(cell)}"
     return "a row could not be read as numbers"
+
+
+def _remedy(cell: str) -> str:
+    if _is_number(_without_commas(cell)):
+        return "Write decimals with a point, and no sign between thousands."
+    return "Fill in or remove rows with missing values; remove columns without numbers."
