@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from hpclr.errors import EXIT_ERROR, HpclrError
+from hpclr.training.output import let_go_of_dead_streams, printable, say
 from hpclr.version import __version__
 
 COMMANDS = {
@@ -60,17 +61,19 @@ def main(arguments: list[str] | None = None) -> None:
         _report(error, error.exit_code, debug)
     except Exception as error:  # whatever it is, the person gets a sentence and a way to see more
         _report(error, EXIT_ERROR, debug)
+    finally:
+        let_go_of_dead_streams()
 
 
 def _warning(message: Warning | str, *where: object, **more: object) -> str:
     """A warning as a person reads it; the line of code that it comes from is shown with --debug."""
-    return f"hpclr: warning: {message}\n"
+    return printable(f"hpclr: warning: {message}\n")
 
 
 def _report(error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
-        traceback.print_exception(error)
+        say(printable("".join(traceback.format_exception(error))))
     kind = "" if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: "
     hint = "" if debug or isinstance(error, HpclrError) else " (hpclr --debug … shows where)"
-    click.echo(f"hpclr: {kind}{error}{hint}", err=True)
+    say(printable(f"hpclr: {kind}{error}{hint}"))
     sys.exit(code)

@@ -70,6 +70,7 @@ prepare.help = f"{prepare.help}{_READERS}"
 def inspect(file: Path) -> None:
     """Show what a dataset FILE holds, after checking that training can use it."""
     from hpclr.data import open_dataset
+    from hpclr.training.output import printable
 
     with open_dataset(file) as dataset:
         facts = {
@@ -84,7 +85,7 @@ def inspect(file: Path) -> None:
             "size": f"{file.stat().st_size / 1e6:,.1f} MB",
         }
     for name, value in facts.items():
-        click.echo(f"{name:8} {value}")
+        click.echo(printable(f"{name:8} {value}"))
 
 
 def _source_and_out(reader: str, paths: tuple[Path, ...]) -> tuple[Path | None, Path]:

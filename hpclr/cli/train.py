@@ -1,5 +1,6 @@
 """`hpclr train`."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -18,8 +19,9 @@ def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fre
     from hpclr.config import load_run_file
 
     run = load_run_file(run_file, overrides)
+    from hpclr.training.output import Unfailing
     from hpclr.training.run import train as train_run
     from hpclr.training.run_directory import runs_directory
 
     directory = train_run(run, runs_directory(runs_dir), fresh=fresh)
-    click.echo(str(directory.path))
+    print(directory.path, file=Unfailing(sys.stdout), flush=True)

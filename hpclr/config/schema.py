@@ -48,6 +48,7 @@ Keep = Annotated[
         title="a whole number >= 2 (the newest may be the one being written when the job dies)",
     ),
 ]
+_MOST_THREADS = 1024  # OpenMP ends the process where it cannot have as many as it is told
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1, title="a whole number >= 0 and < 2^63")]
 
 
@@ -290,7 +291,9 @@ class Train(Section, kw_only=True, frozen=True):
         Literal["float32", "float64", "bf16", "fp16"], doc("bf16 and fp16 are autocast over float32 weights.")
     ] = "float32"
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: CUDA where there is one.")] = "auto"
-    threads: Annotated[Literal["auto"] | Count, doc("CPU threads of a process; auto: the cores it may use.")] = "auto"
+    threads: Annotated[
+        Literal["auto"] | Count, doc("CPU threads of a process, at most 1024; auto: the cores it may use.")
+    ] = "auto"
     micro_batch: Annotated[
         Count | None, doc("Samples in a forward; gradients accumulate over a batch. null: all at once.")
     ] = None
@@ -304,6 +307,10 @@ class Train(Section, kw_only=True, frozen=True):
         if (self.epochs is None) == (self.steps is None):
             found = "neither" if self.epochs is None else f"epochs: {self.epochs} and steps: {self.steps}"
             raise ValueError(f"train must have exactly one of epochs and steps, found {found}")
+        if isinstance(self.threads, int) and self.threads > _MOST_THREADS:
+            raise ValueError(
+                f"train.threads must be auto or a whole number from 1 to {_MOST_THREADS}, found {self.threads}"
+            )
 
 
 class Validation(Section, kw_only=True, frozen=True):

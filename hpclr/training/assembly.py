@@ -20,7 +20,14 @@ from hpclr.data import Augment, Dataset, Loader, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA
 from hpclr.methods import OIALR, Dense, Method
-from hpclr.training.environment import choose_device, record, seed_everything, use_threads
+from hpclr.training.environment import (
+    choose_device,
+    random_states,
+    record,
+    seed_everything,
+    set_random_states,
+    use_threads,
+)
 from hpclr.training.optimizers import build_optimizer
 from hpclr.training.precision import Precision
 from hpclr.training.schedules import LearningRate, learning_rate
@@ -67,7 +74,10 @@ def assemble(run: RunFile) -> Assembly:
     _check_validation(run, valid)
     total = run.train.steps or (run.train.epochs or 0) * len(loader)
     model = build_model(run, dataset).to(device, precision.dtype)
-    _check_outputs(model, loader.batch(0, 0).x[:2].to(device), len(dataset.classes), precision)
+    x = loader.batch(0, 0).x.to(device)
+    check_outputs(model, x[:2], len(dataset.classes), precision)
+    _check_extra_state(model)
+    _check_smallest_piece(model, x[: _smallest_piece(run, loader, total)], run, precision)
     optimizer = build_optimizer(run.optimizer, model.parameters())
     method = _usage("method", build_method, run, model, optimizer, total)
     ema = EMA(model, run.train.ema) if run.train.ema is not None else None
@@ -192,8 +202,12 @@ def _described(error: Exception) -> str:
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precision) -> None:
-    """A model that does not fit the data is found now; this also gives lazy layers their shapes."""
+def check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precision) -> None:
+    """Runs a model on a few samples (N, …), which also gives lazy layers their shapes.
+
+    Raises:
+        UsageError: if it does not fit the data.
+    """
     model.eval()
     try:
         with precision.context():
@@ -210,6 +224,50 @@ def _check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precisi
             f"model: for each sample it must give one number for each of the {classes} classes of the data, "
             f"that is, shape {(classes,)}; found {found}"
         )
+
+
+def _check_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise UsageError(
+                f"model: {type(module).__name__} ('{name or 'the model itself'}') keeps state of its own kind "
+                "(get_extra_state), which a checkpoint does not hold; keep it in buffers (register_buffer)"
+            )
+
+
+def _smallest_piece(run: RunFile, loader: Loader, total: int) -> int:
+    """The fewest samples that the model will see at once in training."""
+    size, last = run.data.batch_size, loader.size % run.data.batch_size
+    batches = {size, last} if last and total >= len(loader) else {size}
+    most = run.train.micro_batch or size
+    return min(batch % most or most for batch in batches)
+
+
+@torch.no_grad()
+def _check_smallest_piece(model: nn.Module, x: Tensor, run: RunFile, precision: Precision) -> None:
+    """A model that cannot train on so few samples, such as one under BatchNorm, is found now, and left as it was."""
+    random, buffers = random_states(), _copies_of_buffers(model)
+    try:
+        with precision.context():
+            model(x)
+    except Exception as error:
+        raise UsageError(
+            f"model: in training it does not take {len(x)} of the samples at once, which is the smallest part of a "
+            f"batch here (data.batch_size {run.data.batch_size}, train.micro_batch {run.train.micro_batch}, and what "
+            f"is left at the end of an epoch): {_described(error)}. If it needs more, choose other sizes."
+        ) from error
+    finally:
+        set_random_states(random)
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer if torch.equal(buffer, content) else buffer.copy_(content)
+
+
+def _copies_of_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    return [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
 
 
 def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: int) -> Method:

@@ -1,9 +1,12 @@
 """`hpclr evaluate`: a checkpoint's score on a split."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hpclr.checkpoint import CheckpointStore, Loaded, load_file
 from hpclr.config import RunFile, parse_run_file
@@ -11,7 +14,7 @@ from hpclr.config.schema import Target
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
-from hpclr.training.assembly import build_model, held_out
+from hpclr.training.assembly import build_model, check_outputs, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.precision import Precision
 from hpclr.training.state import from_tree, tensors
@@ -47,7 +50,24 @@ def load_run(checkpoint: Path, *, best: bool = False) -> tuple[Loaded, RunFile]:
     missing = sorted({"model", "method", "ema", "position", "run", "data", "environment"} - loaded.tree.keys())
     if missing:
         raise UsageError(f"{loaded.path} is no checkpoint of `hpclr train`: it holds no {', '.join(missing)}")
-    return loaded, parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
+    with malformed_named(loaded.path):
+        return loaded, parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
+
+
+@contextmanager
+def malformed_named(path: Path) -> Iterator[None]:
+    """Parts of a checkpoint that are there but not what `hpclr train` writes.
+
+    Raises:
+        UsageError: if the block stumbles over one.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{path} is no checkpoint as `hpclr train` writes it; a part of it is malformed "
+            f"({type(error).__name__}: {error}). Use another checkpoint."
+        ) from error
 
 
 def evaluate_checkpoint(
@@ -71,31 +91,37 @@ def evaluate_checkpoint(
             f"{loaded.path} names the model '{run.model.target}', which would be imported and run; "
             "pass --trust if you know where this checkpoint comes from"
         )
-    use_threads(run.train.threads)
+    use_threads("auto")  # not as many as a file from elsewhere may name
     dataset = open_dataset(data or Path(run.data.path))
     if split not in dataset.sizes:
         raise UsageError(f"{dataset.path} has no split '{split}'; it has {', '.join(dataset.sizes)}")
     _check_fit(dataset, loaded)
     device = choose_device("cpu" if run.train.device == "cpu" else "auto")  # what ran on CUDA is scored anywhere
     precision = Precision(run.train.precision, device)
-    model = _model(run, dataset, loaded, precision.dtype).to(device)
     loader = held_out(run, dataset, split, precision.dtype)
+    model = build_model(run, dataset).to(device, precision.dtype)
+    if any(map(is_lazy, model.parameters())):
+        check_outputs(model, loader.batch(0, 0).x[:2].to(device), len(dataset.classes), precision)
+    with malformed_named(loaded.path):
+        _load_weights(model, run, loaded)
     return Classification().score(model, loader, precision), loaded.path
 
 
 def _check_fit(dataset: Dataset, loaded: Loaded) -> None:
-    saved = from_tree(loaded.tree["data"])
-    for what, found in (("sample_shape", list(dataset.sample_shape)), ("classes", list(dataset.classes))):
-        if found != saved[what]:
+    with malformed_named(loaded.path):
+        saved = {what: from_tree(loaded.tree["data"])[what] for what in ("sample_shape", "classes")}
+    for what, expected in saved.items():
+        found = list(getattr(dataset, what))
+        if found != expected:
             raise UsageError(
-                f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} {saved[what]}, "
+                f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} {expected}, "
                 f"this has {found}; name a file of the same kind with --data"
             )
 
 
-def _model(run: RunFile, dataset: Dataset, loaded: Loaded, dtype: torch.dtype) -> nn.Module:
-    """The model with the weights that the run itself would be judged by: averaged ones where it keeps them."""
-    tree, model = loaded.tree, build_model(run, dataset).to(dtype)
+def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:
+    """Gives it the weights that the run itself would be judged by: averaged ones where it keeps them."""
+    tree = loaded.tree
     try:
         load_state_dict(model, tensors(tree["model"]))
     except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
@@ -105,4 +131,3 @@ def _model(run: RunFile, dataset: Dataset, loaded: Loaded, dtype: torch.dtype) -
         ema.load_state_dict(from_tree(tree["ema"]))
         with torch.no_grad():
             ema.copy_to_model()
-    return model

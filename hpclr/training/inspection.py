@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from hpclr.checkpoint import Tree
 from hpclr.lowrank.factors import svd
-from hpclr.training.evaluation import load_run
+from hpclr.training.evaluation import load_run, malformed_named
+from hpclr.training.output import printable
 from hpclr.training.state import from_tree, position_of, tensors
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -25,18 +27,20 @@ def show_checkpoint(checkpoint: Path, *, best: bool = False, console: Console | 
         console: where to print.
 
     Raises:
-        UsageError: if there is no such checkpoint, or it is damaged.
+        UsageError: if there is no such checkpoint, or it is damaged or malformed.
     """
     console = console or Console(highlight=False, markup=False, emoji=False)
     loaded, run = load_run(checkpoint, best=best)
-    console.print(_facts(loaded.tree, loaded.path, run.method.name))
-    console.print(_layers(tensors(loaded.tree["model"])))
+    with malformed_named(loaded.path):
+        tables = [_facts(loaded.tree, loaded.path, run.method.name), _layers(tensors(loaded.tree["model"]))]
+    for table in tables:
+        console.print(table)
 
 
 def _facts(tree: Tree, path: Path, method: str) -> Table:
     position, environment = position_of(tree), from_tree(tree["environment"])
     state, weights = from_tree(tree["method"])["state"], tensors(tree["model"])
-    table = Table(title=str(path), title_justify="left", show_header=False)
+    table = Table(title=printable(str(path)), title_justify="left", show_header=False)
     rows: dict[str, Any] = {
         "step": f"{position.step:,}" + (" (finished)" if position.finished else ""),
         "seconds of training": f"{position.seconds:.1f}",
@@ -51,7 +55,7 @@ def _facts(tree: Tree, path: Path, method: str) -> Table:
         "command": " ".join(environment["command"]),
     }
     for label, value in rows.items():
-        table.add_row(label, str(value))
+        table.add_row(label, printable(str(value)))
     return table
 
 
@@ -66,11 +70,18 @@ def _layers(weights: dict[str, Tensor]) -> Table:
     for name, sigma in weights.items():
         stem = name.removesuffix("sigma")
         if name.endswith("sigma") and {stem + "u", stem + "vh"} <= weights.keys():
-            s = svd(sigma).s
-            ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
             shape = f"{weights[stem + 'u'].shape[0]}×{weights[stem + 'vh'].shape[1]}"
-            table.add_row(stem.rstrip("._"), shape, str(len(s)), f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s))
+            table.add_row(printable(stem.rstrip("._")), shape, str(len(sigma)), *_spectrum(sigma))
     return table
+
+
+def _spectrum(sigma: Tensor) -> tuple[str, str, str]:
+    """The largest singular value, the smallest relative to it, and all as bars."""
+    if not torch.isfinite(sigma).all():
+        return "not finite", "–", "–"
+    s = svd(sigma).s
+    ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
+    return f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s)
 
 
 def _sparkline(s: Tensor) -> str:

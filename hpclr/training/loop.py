@@ -5,7 +5,7 @@ import warnings
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpclr.checkpoint import CheckpointStore, Tree
 from hpclr.data import Batch, Loader
@@ -15,9 +15,9 @@ from hpclr.lowrank import summarize
 from hpclr.training.assembly import Assembly, steps_between_validations
 from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
-from hpclr.training.run_directory import RunDirectory
+from hpclr.training.run_directory import RunDirectory, writing
 from hpclr.training.schedules import set_learning_rate
-from hpclr.training.state import Position, capture, not_finite
+from hpclr.training.state import Position, capture, not_finite, tensors
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
 from hpclr.training.tasks import Score
@@ -48,6 +48,7 @@ class Trainer:
         self.losses = LossLog(self.metrics, shown, every=1 if parts.device.type == "cpu" else 10)
         self._clock = time.monotonic()
         self._saved_at: int | None = None
+        self._unbounded = _buffers_not_finite(parts.model)
 
     def train(self) -> None:
         """Trains until the last step, early stopping, or a request to stop.
@@ -55,7 +56,7 @@ class Trainer:
         Raises:
             StopRequestedError: after saving, if a signal asked for it.
             TrainingDivergedError: if the loss is no longer finite.
-            RetryableError: if a checkpoint cannot be written.
+            RetryableError: if a checkpoint or a record cannot be written.
         """
         self.parts.model.train()
         with self.stop.listening():
@@ -179,8 +180,10 @@ class Trainer:
             )
 
     def _require_finite(self, tree: Tree) -> None:
-        """No checkpoint holds weights, moments or averages that are not finite."""
-        name = not_finite({key: tree[key] for key in ("model", "optimizer", "ema")})
+        """No checkpoint holds weights, moments or averages that are not finite; a mask of -inf is none of these."""
+        weights = tensors(tree["model"])
+        judged: Tree = {name: value for name, value in weights.items() if name not in self._unbounded}
+        name = not_finite({"model": judged, "optimizer": tree["optimizer"], "ema": tree["ema"]})
         if name is not None:
             raise TrainingDivergedError(
                 f"after step {self.position.step} '{name}' is no longer finite; training cannot go on, and this "
@@ -204,7 +207,13 @@ class Trainer:
         """The test score and the summary, after the last checkpoint."""
         summary = summary_of(self.parts, self.position, self._score(self.parts.test))
         self.metrics.append("final", self.position.step, **summary)
-        write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        with writing(self.directory.path):
+            write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+def _buffers_not_finite(model: nn.Module) -> set[str]:
+    """The buffers that are not finite before training, such as a causal mask."""
+    return {name for name, b in model.named_buffers(remove_duplicate=False) if not torch.isfinite(b).all()}
 
 
 def warn_of_changed_threads(saved: int, now: int) -> None:

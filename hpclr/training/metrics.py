@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpclr.files import write_whole
 from hpclr.training.progress import Display
+from hpclr.training.run_directory import writing
 
 
 class MetricsFile:
@@ -24,16 +25,27 @@ class MetricsFile:
         self._path = path
 
     def append(self, kind: str, step: int, **values: Any) -> None:
-        """Writes one record."""
-        with self._path.open("ab") as file:
+        """Writes one record.
+
+        Raises:
+            HpclrError: as `writing`.
+        """
+        with writing(self._path.parent), self._path.open("ab") as file:
             file.write(_line({"kind": kind, "step": step, **values}))
 
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after this step, and a line that a crash cut short."""
+        """Drops what was recorded after this step, and a line that a crash cut short.
+
+        Raises:
+            HpclrError: as `writing`.
+        """
         if not self._path.exists():
             return
-        kept = [record for record in read_metrics(self._path) if record["step"] <= step and record["kind"] != "final"]
-        write_whole(self._path, b"".join(map(_line, kept)))
+        with writing(self._path.parent):
+            kept = [
+                record for record in read_metrics(self._path) if record["step"] <= step and record["kind"] != "final"
+            ]
+            write_whole(self._path, b"".join(map(_line, kept)))
 
 
 class LossLog:

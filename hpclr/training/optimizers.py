@@ -29,8 +29,10 @@ def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter
     cls = _class_named(section.name)
     options = _options(section)
     _check_options(cls, options)
+    trained = [p for p in parameters if p.requires_grad]
+    _check_flags(options, on_cpu=not any(p.is_cuda for p in trained))
     try:
-        optimizer: Optimizer = cast(Any, cls)([p for p in parameters if p.requires_grad], lr=section.lr, **options)
+        optimizer: Optimizer = cast(Any, cls)(trained, lr=section.lr, **options)
         return optimizer
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"optimizer: torch.optim.{cls.__name__} refuses its options: {error}") from error
@@ -56,6 +58,10 @@ def _class_named(name: str) -> type[Optimizer]:
 
 
 def _options(section: OptimizerSection) -> dict[str, Any]:
+    for key in section.args.keys() & {"lr", *NAMED_OPTIONS}:
+        raise UsageError(
+            f"optimizer.args: {key} is a key of the section itself; write it as optimizer.{key}, not in args"
+        )
     named = {key: getattr(section, key) for key in NAMED_OPTIONS}
     return {key: value for key, value in named.items() if value is not None} | section.args
 
@@ -67,3 +73,14 @@ def _check_options(cls: type[Optimizer], options: dict[str, Any]) -> None:
             raise UsageError(
                 f"optimizer.{option}: torch.optim.{cls.__name__} has no such option; it has {', '.join(known)}"
             )
+
+
+def _check_flags(options: dict[str, Any], *, on_cpu: bool) -> None:
+    """Flags that torch takes, to fail in the first step."""
+    if options.get("differentiable"):
+        raise UsageError(
+            "optimizer.args: differentiable cannot work here: it changes weights in place while their gradients are "
+            "recorded; take it out"
+        )
+    if options.get("capturable") and on_cpu:
+        raise UsageError("optimizer.args: capturable is for CUDA graphs, but this run is on the CPU; take it out")

@@ -3,9 +3,12 @@
 import sys
 import time
 from abc import ABC, abstractmethod
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hpclr.training.output import Unfailing, say
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -40,7 +43,7 @@ class Bar(Display):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False, emoji=False),
+            console=Console(file=cast(TextIO, Unfailing(sys.stderr)), highlight=False, emoji=False),
         )
         self._task = self._progress.add_task(name, total=total, completed=start, loss=float("nan"))
 
@@ -78,9 +81,9 @@ class Lines(Display):
 
     def note(self, text: str) -> None:
         """Prints a line."""
-        print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+        say(f"{self._name}: {text}")
 
 
 def display(name: str, total: int, start: int) -> Display:
     """The display that fits where standard error goes."""
-    return Bar(name, total, start) if sys.stderr.isatty() else Lines(name, total, start)
+    return Bar(name, total, start) if Unfailing(sys.stderr).isatty() else Lines(name, total, start)

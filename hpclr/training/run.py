@@ -1,14 +1,14 @@
 """`hpclr train`: from a run file to a finished run, or on from where it stopped."""
 
-import sys
 from pathlib import Path
 
 from hpclr.checkpoint import CheckpointStore, Loaded
-from hpclr.config import RunFile
+from hpclr.config import RunFile, load_run_file
 from hpclr.errors import UsageError
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.loop import Trainer, warn_of_changed_threads
-from hpclr.training.metrics import MetricsFile
+from hpclr.training.metrics import MetricsFile, read_metrics
+from hpclr.training.output import say
 from hpclr.training.progress import display
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.state import Position, from_tree, position_of, restore
@@ -43,7 +43,7 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
 def _set_aside(directory: RunDirectory) -> None:
     with directory.locked():  # not from under a process that is training in it
         old = directory.set_aside()
-    print(f"the run that was in {directory.path} is now in {old}", file=sys.stderr)
+    say(f"the run that was in {directory.path} is now in {old}")
 
 
 def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
@@ -51,7 +51,10 @@ def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
     store.sweep()
     saved = store.load_newest()
     if saved is not None and _is_finished(saved, parts) and directory.summary.exists():
-        print(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over", file=sys.stderr)
+        say(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over")
+        return
+    if saved is None and _is_finished_without_checkpoints(parts.run, directory):
+        say(f"{directory.path}: this run is finished, but its checkpoints are gone; --fresh starts it over")
         return
     position = _resume(parts, saved, directory) if saved is not None else Position()
     directory.create(parts.run, parts.environment)
@@ -66,8 +69,32 @@ def _is_finished(saved: Loaded, parts: Assembly) -> bool:
     return position_of(saved.tree).ended(parts.total_steps, parts.run.validation.patience)
 
 
+def _is_finished_without_checkpoints(asked: RunFile, directory: RunDirectory) -> bool:
+    """Whether a run's records are all that is left of it, and all that is asked for.
+
+    Raises:
+        UsageError: if it was trained, but not to the end that is asked for; starting over would erase its records.
+    """
+    if directory.summary.exists() and _length(load_run_file(directory.run_file)) == _length(asked):
+        return True
+    last = max((record["step"] for record in read_metrics(directory.metrics)), default=0)
+    if last > 0:
+        raise UsageError(
+            f"{directory.path} holds the records of a run that was trained to step {last}, but its checkpoints are "
+            f"gone: none is in {directory.checkpoints}. Put one back, with its .sha256, or start over with --fresh "
+            "(what is there is then set aside)."
+        )
+    return False
+
+
+def _length(run: RunFile) -> tuple[int | None, int | None, int | None]:
+    return run.train.steps, run.train.epochs, run.validation.patience
+
+
 def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position:
     data = from_tree(saved.tree["data"])
+    if data.get("stamp") != parts.dataset.stamp:
+        parts.dataset.verify()  # copied or changed since: the digest that it names may no longer be its own
     if data["digest"] != parts.dataset.digest:
         raise UsageError(
             f"{directory.path} was trained on data with digest {data['digest'][:12]}…, but {parts.run.data.path} has "

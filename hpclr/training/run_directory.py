@@ -94,14 +94,12 @@ class RunDirectory:
             UsageError: if the place may not be written to.
             RetryableError: if writing fails for another reason.
         """
-        try:
+        with writing(self.path):
             write_whole(self.run_file, dump(run).encode())
             self.checkpoints.mkdir(exist_ok=True)
             self.summary.unlink(missing_ok=True)  # of the shorter run that is being continued
             attempts = [*self.attempts(), environment]
             write_whole(self.environment, msgspec.json.format(msgspec.json.encode({"attempts": attempts}), indent=2))
-        except OSError as error:
-            raise _unusable(self.path, error) from error
 
     def attempts(self) -> list[dict[str, object]]:
         """The environment records of the attempts so far."""
@@ -115,9 +113,14 @@ class RunDirectory:
 
         Raises:
             UsageError: if another process holds it; names that process. Likewise if it may not be written to.
-            RetryableError: if writing fails for another reason.
+            RetryableError: if writing or locking fails for another reason.
         """
         with self._open_lock() as lock:
+            self._lock(lock)
+            yield
+
+    def _lock(self, lock: TextIO) -> None:
+        with writing(self.path):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -129,14 +132,25 @@ class RunDirectory:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            yield
 
     def _open_lock(self) -> TextIO:
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             return (self.path / _LOCK).open("a+")
-        except OSError as error:
-            raise _unusable(self.path, error) from error
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Says what an OSError means that comes of writing in a run directory.
+
+    Raises:
+        UsageError: if it may not be written to.
+        RetryableError: if it cannot be written to now: the disk is full, the file system away or without locks.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unusable(directory, error) from error
 
 
 def _unusable(path: Path, error: OSError) -> HpclrError:
@@ -145,4 +159,7 @@ def _unusable(path: Path, error: OSError) -> HpclrError:
             f"the run directory {path} cannot be used: {error.strerror} ({error.filename}); make it writable, or let "
             f"runs live elsewhere, with --runs-dir or {RUNS_VARIABLE}"
         )
-    return RetryableError(f"the run directory {path} cannot be written: {error}")
+    return RetryableError(
+        f"the run directory {path} cannot be written: {error}. Checkpoints that are there stay; once it can be "
+        "written again, the same command goes on from the newest."
+    )

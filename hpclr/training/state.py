@@ -52,6 +52,7 @@ def _data_facts(parts: Assembly) -> dict[str, Any]:
     dataset = parts.dataset
     return {
         "digest": dataset.digest,
+        "stamp": dict(dataset.stamp),
         "classes": list(dataset.classes),
         "sample_shape": list(dataset.sample_shape),
         "sizes": dict(dataset.sizes),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequests:
@@ -17,7 +17,8 @@ class StopRequests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes signals while the run trains; a second Ctrl-C interrupts at once, as it does elsewhere."""
-        previous = {number: signal.signal(number, self._take) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if not _is_ignored_hangup(number)]
+        previous = {number: signal.signal(number, self._take) for number in wanted}
         try:
             yield
         finally:
@@ -28,3 +29,8 @@ class StopRequests:
         if self.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    """Under nohup a run goes on when its terminal closes."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

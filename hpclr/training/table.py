@@ -31,7 +31,7 @@ def _read(directory: RunDirectory) -> Summary:
     if not directory.summary.exists():
         raise UsageError(f"the run in {directory.path} has not finished; `hpclr train` with its run file continues it")
     summary: Summary = msgspec.json.decode(directory.summary.read_bytes())
-    return summary
+    return summary | {"directory": str(directory.path)}
 
 
 def comparison(summaries: Sequence[Summary], *, mean: bool = False, console: Console | None = None) -> None:
@@ -43,10 +43,16 @@ def comparison(summaries: Sequence[Summary], *, mean: bool = False, console: Con
         console: where to print.
     """
     console = console or Console(highlight=False, markup=False, emoji=False)
-    columns = _by_method(summaries) if mean else {summary["name"]: [summary] for summary in summaries}
+    columns = _by_method(summaries) if mean else _by_run(summaries)
     console.print(_quantities(columns))
     if not mean:
-        console.print(_ranks(summaries))
+        console.print(_ranks(columns))
+
+
+def _by_run(summaries: Sequence[Summary]) -> Columns:
+    """One column a run, under its name, or under its directory where names repeat."""
+    names = [summary["name"] for summary in summaries]
+    return {s["name"] if names.count(s["name"]) == 1 else s["directory"]: [s] for s in summaries}
 
 
 def _by_method(summaries: Sequence[Summary]) -> Columns:
@@ -99,13 +105,13 @@ def _cell(values: Sequence[float | None], form: str) -> str:
     return f"{text} ± {stdev(known):{form}}" if len(known) > 1 and stdev(known) > 0 else text
 
 
-def _ranks(summaries: Sequence[Summary]) -> Table:
+def _ranks(columns: Columns) -> Table:
     """Every weight that may be low-rank: k of min(m, n), or dense."""
     table = Table(title="rank of every layer", title_justify="left")
     table.add_column("")
-    for summary in summaries:
-        table.add_column(summary["name"], justify="right")
-    by_run = [{layer["name"]: layer for layer in summary["layers"]} for summary in summaries]
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    by_run = [{layer["name"]: layer for layer in summary["layers"]} for (summary,) in columns.values()]
     for name in dict.fromkeys(name for layers in by_run for name in layers):
         table.add_row(name, *(_rank(layers.get(name)) for layers in by_run))
     return table

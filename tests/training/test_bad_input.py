@@ -45,6 +45,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
         (["model.hiden=[3]"], ("model.hiden", "did you mean hidden?")),
         (["optimizer.lr=quick"], ("optimizer.lr", "quick", "number")),
         (["train.steps=1.5"], ("train.steps", "1.5", "whole number")),
+        (["train.threads=1025"], ("train.threads", "found 1025", "from 1 to 1024")),
         (["train.precision=fp8"], ("train.precision", "fp8", "bf16")),
         (["method.cutoff=1.5"], ("method.cutoff", "1.5", "0", "1")),
         (["method.cutoff=0"], ("method.cutoff", "found 0")),

@@ -104,7 +104,7 @@ class Net(nn.Sequential):
 
     def forward(self, x):
         self.seen += self.training
-        if self.training and self.seen == stop_at:
+        if stop_at and self.training and self.seen == 1 + stop_at:  # after the look at the smallest piece
             os.kill(os.getpid(), number)
         return super().forward(x)
 
@@ -114,7 +114,7 @@ def make():
 
 
 @pytest.mark.parametrize(
-    ("step", "name"), [(1, "SIGTERM"), (4, "SIGINT"), (6, "SIGTERM"), (9, "SIGINT"), (12, "SIGTERM")]
+    ("step", "name"), [(1, "SIGTERM"), (4, "SIGINT"), (6, "SIGHUP"), (9, "SIGINT"), (12, "SIGTERM")]
 )
 def test_stopped_by_a_signal_during_a_step(step, name, bench, monkeypatch):
     """The step is finished, saved, and the exit code asks to be requeued."""

@@ -180,6 +180,18 @@ def test_the_mean_over_seeds(bench, monkeypatch):
     assert "oialr (2 runs)" in done.out
 
 
+def test_runs_of_one_name_stand_under_their_directories(bench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    bench.train(train={"steps": 8})
+    bench.train("--runs-dir", "runs2", train={"steps": 9})
+    done = hpclr("summary", "runs/run", "runs2/run")
+    assert done.code == 0, done.err
+    rows = {cells[0].strip(): [c.strip() for c in cells[1:-1]] for cells in _rows(done.out)}
+    assert rows["steps"] == ["8", "9"]
+    assert "runs/run" in done.out
+    assert "runs2/run" in done.out
+
+
 def test_summary_of_what_is_no_finished_run(bench):
     bench.train(train={"steps": 2})
     (bench.run / "summary.json").unlink()

@@ -141,7 +141,7 @@ class Net(nn.Linear):
 
     def forward(self, x):
         self.seen += self.training
-        if self.seen > 5:
+        if self.seen > 6:  # five steps, after the look at the smallest piece
             raise RuntimeError("out of memory, let us say")
         return super().forward(x.flatten(1))
 """

@@ -1,0 +1,58 @@
+"""Text for people: what cannot be shown is lost, and nothing else with it."""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+
+class Unfailing:
+    """A text stream that drops what it cannot write: its disk is full, its reader or terminal has gone.
+
+    Args:
+        stream: what to write to; None, as in a process without that stream, drops everything.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Writes, or does not."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or does not."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether a terminal is there."""
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error; never fails."""
+    print(text, file=Unfailing(sys.stderr), flush=True)
+
+
+def let_go_of_dead_streams() -> None:
+    """Before a process ends: text that nobody can take must not change its exit code (Python makes it 120)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """Text from a file for a terminal: control characters, which could drive it, as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
