@@ -20,7 +20,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@touch $@
 
 quickstart: $(VENV)/run.stamp  ## install, train a small vision transformer on real data, compare with dense
-	@PATH="$(CURDIR)/$(BIN):$$PATH" jobs/quickstart.sh
+	@PATH="$(abspath $(BIN)):$$PATH" jobs/quickstart.sh
 
 test: check  ## lint, types and every test that takes seconds
 	$(BIN)/python -m pytest
