@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from hpclr.errors import EXIT_ERROR, HpclrError
-from hpclr.training.output import let_go_of_dead_streams, printable, say
+from hpclr.output import let_go_of_dead_streams, printable, say
 from hpclr.version import __version__
 
 COMMANDS = {

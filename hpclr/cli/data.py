@@ -70,7 +70,7 @@ prepare.help = f"{prepare.help}{_READERS}"
 def inspect(file: Path) -> None:
     """Show what a dataset FILE holds, after checking that training can use it."""
     from hpclr.data import open_dataset
-    from hpclr.training.output import printable
+    from hpclr.output import printable
 
     with open_dataset(file) as dataset:
         facts = {

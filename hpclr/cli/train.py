@@ -19,7 +19,7 @@ def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fre
     from hpclr.config import load_run_file
 
     run = load_run_file(run_file, overrides)
-    from hpclr.training.output import Unfailing
+    from hpclr.output import Unfailing
     from hpclr.training.run import train as train_run
     from hpclr.training.run_directory import runs_directory
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hpclr.checkpoint import Tree
 from hpclr.lowrank.factors import svd
+from hpclr.output import printable
 from hpclr.training.evaluation import load_run, malformed_named
-from hpclr.training.output import printable
 from hpclr.training.state import from_tree, position_of, tensors
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -8,7 +8,7 @@ from typing import TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hpclr.training.output import Unfailing, say
+from hpclr.output import Unfailing, say
 
 SECONDS_BETWEEN_LINES = 10.0
 

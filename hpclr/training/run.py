@@ -5,10 +5,10 @@ from pathlib import Path
 from hpclr.checkpoint import CheckpointStore, Loaded
 from hpclr.config import RunFile, load_run_file
 from hpclr.errors import UsageError
+from hpclr.output import say
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
-from hpclr.training.output import say
 from hpclr.training.progress import display
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.state import Position, from_tree, position_of, restore

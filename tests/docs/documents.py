@@ -71,7 +71,8 @@ def parsed(line: str) -> tuple[click.Command, list[str]]:
         found = command.get_command(click.Context(command), words[0])
         assert found is not None, f"{line!r}: there is no command {words[0]!r}"
         command, words = found, words[1:]
-    known = {option for parameter in command.get_params(click.Context(command)) for option in parameter.opts}
+    context = click.Context(command, **command.context_settings)  # click remembers the help option it makes here
+    known = {option for parameter in command.get_params(context) for option in parameter.opts}
     for word in words:
         assert not word.startswith("-") or word in known, f"{line!r}: no option {word}; there are {sorted(known)}"
     return command, words

@@ -41,15 +41,6 @@ ALL = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small matrices are quickest on one thread, and much quicker on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def values(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 

@@ -19,9 +19,9 @@ from training_helpers import hpclr, last_tree, records, summary
 from hpclr.checkpoint import CheckpointStore, Json, load_file
 from hpclr.config import load_run_file
 from hpclr.errors import RetryableError
+from hpclr.output import Unfailing, let_go_of_dead_streams, printable
 from hpclr.training.assembly import _check_smallest_piece, _smallest_piece, assemble
 from hpclr.training.metrics import MetricsFile
-from hpclr.training.output import Unfailing, let_go_of_dead_streams, printable
 from hpclr.training.precision import Precision
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.stopping import StopRequests
