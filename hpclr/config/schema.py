@@ -49,6 +49,7 @@ Keep = Annotated[
     ),
 ]
 _MOST_THREADS = 1024  # OpenMP ends the process where it cannot have as many as it is told
+FilePath = Annotated[str, Meta(min_length=1, title="the path of a file")]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1, title="a whole number >= 0 and < 2^63")]
 
 
@@ -111,10 +112,27 @@ class Data(Section, kw_only=True, frozen=True):
     """The data set and the batches made of it."""
 
     path: Annotated[
-        Annotated[str, Meta(min_length=1, title="the path of a file")],
-        doc("HDF5 file, as `hpclr data prepare` writes it."),
+        FilePath | Annotated[tuple[FilePath, ...], Meta(min_length=1)],
+        doc("HDF5 file, as `hpclr data prepare` writes it; or a list of such files, which count as one after another."),
     ]
     batch_size: Annotated[Count, doc("Samples in an optimiser step, over all processes together.")]
+    shuffle: Annotated[
+        Literal["auto", "samples", "chunks"],
+        doc(
+            "A new order each epoch: of single samples; or of chunks of the file and of samples within `window` of "
+            "them, which reads from disk almost in sequence. auto: chunks for training splits of 1 GiB and more."
+        ),
+    ] = "auto"
+    window: Annotated[Count, doc("Chunks within which samples are mixed, with `shuffle: chunks`.")] = 64
+    workers: Annotated[
+        Annotated[int, Meta(ge=0, le=256)],
+        doc("Processes that read and augment for each training process; 0: it does so itself."),
+    ] = 0
+    prefetch: Annotated[Count, doc("Batches that the workers prepare ahead.")] = 2
+    stage: Annotated[
+        FilePath | None,
+        doc("Directory on a disk of each node to which the data is copied first; $NAME stands for that variable."),
+    ] = None
     flip: Annotated[bool, doc("Mirror training images left to right, each with probability 1/2.")] = False
     crop: Annotated[
         Annotated[int, Meta(ge=0)], doc("Pixels of padding for random crops of training images; 0: none.")
@@ -279,6 +297,13 @@ class Oialr(Section, kw_only=True, frozen=True):
         doc("At once, or each layer only when its factors are no larger and no slower than dense."),
     ] = "at_delay"
     sigma_lr: Annotated[Positive, doc("Factor on the learning rate of Σ.")] = 1.0
+    svd: Annotated[
+        Literal["rank0", "spread", "heat"],
+        doc(
+            "Who decomposes the layers at a check: the first process; all of them, each its share; or heat, all of "
+            "them together on every layer (approximate, for layers too large for one process)."
+        ),
+    ] = "rank0"
 
 
 class Train(Section, kw_only=True, frozen=True):
@@ -336,6 +361,30 @@ class Checkpoint(Section, kw_only=True, frozen=True):
     keep_best: Annotated[bool, doc("Keep the checkpoint with the best validation as well.")] = True
 
 
+class Parallel(Section, kw_only=True, frozen=True):
+    """How the processes of a job find one another and look after one another."""
+
+    timeout: Annotated[Positive, doc("Seconds after which a process that does not answer ends the job.")] = 600.0
+    launcher: Annotated[
+        Literal["auto", "torchrun", "mpi", "slurm", "single"],
+        doc("Whose word counts for the number of processes; auto: whoever started them, if all agree."),
+    ] = "auto"
+    backend: Annotated[Literal["auto", "gloo", "nccl"], doc("auto: NCCL on CUDA devices, else gloo.")] = "auto"
+    interface: Annotated[
+        Annotated[str, Meta(pattern=r"^[\w.:-]+\Z", title="the name of a network interface")] | None,
+        doc("Network interface of the processes, such as ib0; null: the one that reaches the first process."),
+    ] = None
+    host_suffix: Annotated[
+        Annotated[str, Meta(pattern=r"^[\w.-]*\Z", title="what is added to a host name")],
+        doc("What turns a node's name into that of its fast network, such as i or -ib."),
+    ] = ""
+    verify_every: Annotated[
+        Count | None, doc("Steps between comparisons of all parameters over all processes; null: never.")
+    ] = 1000
+    sync_batchnorm: Annotated[bool, doc("Batch statistics over all processes; on CUDA devices only.")] = False
+    unused_parameters: Annotated[bool, doc("Look in every step for parameters that the loss does not need.")] = False
+
+
 class RunFile(Section, kw_only=True, frozen=True):
     """A run file, read and checked."""
 
@@ -351,6 +400,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     train: Annotated[Train, doc("How long the run is, and its arithmetic.")]
     validation: Annotated[Validation, doc("When the model is evaluated.")] = Validation()
     checkpoint: Annotated[Checkpoint, doc("When the run is saved.")] = Checkpoint()
+    parallel: Annotated[Parallel, doc("How many processes work together.")] = Parallel()
 
     def __post_init__(self) -> None:
         micro, batch = self.train.micro_batch, self.data.batch_size

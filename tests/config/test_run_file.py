@@ -60,7 +60,10 @@ def test_dense_and_constant_are_the_defaults():
         ("data.batch_size=0", "data.batch_size must be a whole number >= 1, found 0"),
         ("data.batch_size=true", "data.batch_size must be a whole number >= 1, found true"),
         ("data.flip=yes", "data.flip must be true or false, found 'yes'"),
-        ("data.path=", "data.path must be the path of a file, found nothing (null)"),
+        (
+            "data.path=",
+            "data.path must be the path of a file or a list (each item the path of a file), found nothing (null)",
+        ),
         ("optimizer.lr=0", "optimizer.lr must be a number > 0, found 0"),
         ("optimizer.lr=.inf", "optimizer.lr must be a number > 0, found inf"),
         ("optimizer.weight_decay=.nan", "optimizer.weight_decay must be a number >= 0 or null, found nan"),

@@ -1,0 +1,1 @@
+"""Everything that spells Slurm's words."""
