@@ -3,7 +3,10 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
+
+_copies: list[TextIO] = []
 
 
 class Unfailing:
@@ -38,8 +41,25 @@ class Unfailing:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error; never fails."""
+    """Prints a line to standard error, and to the log where there is one; never fails."""
     print(text, file=Unfailing(sys.stderr), flush=True)
+    say_in_log(text)
+
+
+def say_in_log(text: str) -> None:
+    """Prints a line to the log only: for what a live display shows in its own way."""
+    for stream in _copies:
+        print(text, file=Unfailing(stream), flush=True)
+
+
+@contextlib.contextmanager
+def copied_to(log: TextIO) -> Iterator[None]:
+    """What is said goes to a log as well."""
+    _copies.append(log)
+    try:
+        yield
+    finally:
+        _copies.remove(log)
 
 
 def let_go_of_dead_streams() -> None:

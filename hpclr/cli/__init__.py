@@ -14,6 +14,7 @@ from hpclr.version import __version__
 
 COMMANDS = {
     "train": ("hpclr.cli.train:train", "Train a run file, or continue where it stopped."),
+    "launch": ("hpclr.cli.launch:launch", "Train with several processes on this machine."),
     "evaluate": ("hpclr.cli.evaluate:evaluate", "Score a checkpoint on a split of the data."),
     "inspect": ("hpclr.cli.inspect:inspect", "Show what a checkpoint holds: step, ranks, spectra, sizes."),
     "summary": ("hpclr.cli.summary:summary", "Compare finished runs in a table."),

@@ -19,9 +19,13 @@ def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fre
     from hpclr.config import load_run_file
 
     run = load_run_file(run_file, overrides)
+    from hpclr.training.processes import who_am_i
+
+    layout = who_am_i(run.parallel.launcher)
     from hpclr.output import Unfailing
     from hpclr.training.run import train as train_run
     from hpclr.training.run_directory import runs_directory
 
-    directory = train_run(run, runs_directory(runs_dir), fresh=fresh)
-    print(directory.path, file=Unfailing(sys.stdout), flush=True)
+    directory = train_run(run, runs_directory(runs_dir), fresh=fresh, layout=layout)
+    if layout.rank == 0:
+        print(directory.path, file=Unfailing(sys.stdout), flush=True)

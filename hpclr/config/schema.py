@@ -304,6 +304,9 @@ class Oialr(Section, kw_only=True, frozen=True):
             "them together on every layer (approximate, for layers too large for one process)."
         ),
     ] = "rank0"
+    heat_rank: Annotated[
+        Share, doc("Share of a layer's smaller side that `svd: heat` finds; what is beyond is lost at conversion.")
+    ] = 0.5
 
 
 class Train(Section, kw_only=True, frozen=True):

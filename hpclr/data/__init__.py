@@ -10,20 +10,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpclr.data.augment import Augment
     from hpclr.data.dataset import Dataset, open_dataset
-    from hpclr.data.loader import Batch, Loader
-    from hpclr.data.order import sample_order
+    from hpclr.data.loader import Batch, Loader, choose_order
+    from hpclr.data.order import Order, sample_order
     from hpclr.data.preparation import prepare
+    from hpclr.data.staging import stage, staged
+    from hpclr.data.stream import BatchStream
 
-__all__ = ["Augment", "Batch", "Dataset", "Loader", "open_dataset", "prepare", "sample_order"]
+__all__ = [
+    "Augment",
+    "Batch",
+    "BatchStream",
+    "Dataset",
+    "Loader",
+    "Order",
+    "choose_order",
+    "open_dataset",
+    "prepare",
+    "sample_order",
+    "stage",
+    "staged",
+]
 
 _MODULES = {
     "Augment": "augment",
     "Batch": "loader",
+    "BatchStream": "stream",
     "Dataset": "dataset",
     "Loader": "loader",
+    "Order": "order",
+    "choose_order": "loader",
     "open_dataset": "dataset",
     "prepare": "preparation",
     "sample_order": "order",
+    "stage": "staging",
+    "staged": "staging",
 }
 
 

@@ -60,22 +60,21 @@ def _gather(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.gather(3, columns[:, None, None, :].expand(-1, x.shape[1], x.shape[2], -1))
 
 
-def mixup(x: Tensor, alpha: float, seed: int, epoch: int, batch: int) -> tuple[Tensor, Indices, float]:
-    """Mixes every sample of a batch with another one of it, all with one weight.
+def mixing(alpha: float, seed: int, epoch: int, batch: int, size: int) -> tuple[Indices, float]:
+    """How mixup mixes a global batch: λ·x + (1 − λ)·x[partners], each sample with another one, all with one weight.
 
     Args:
-        x: the batch (N, …).
         alpha: the weight is drawn from Beta(alpha, alpha).
         seed: the run's seed.
         epoch: the epoch, from 0.
         batch: index of the batch in the epoch.
+        size: samples of the batch.
 
     Returns:
-        λ·x + (1 − λ)·x[partners], the partners (N,), and λ.
+        The partners (size,) as rows of the batch, and λ.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     weight_key = key(seed, epoch, batch, Stream.MIXUP_WEIGHT)
     weight = float(np.random.Generator(np.random.Philox(key=weight_key)).beta(alpha, alpha))
-    partners = permute(key(seed, epoch, batch, Stream.MIXUP_PARTNER), np.arange(len(x)), len(x))
-    return torch.lerp(x[torch.from_numpy(partners)], x, weight), partners, weight
+    return permute(key(seed, epoch, batch, Stream.MIXUP_PARTNER), np.arange(size), size), weight

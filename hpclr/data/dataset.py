@@ -1,68 +1,59 @@
-"""Opening a dataset file: everything that could stop a training run later is found here."""
+"""A dataset: one file, or several that count as one."""
 
-import errno
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from hpclr.data.layout import (
-    BLOCK_BYTES,
-    CHUNK_CACHE_BYTES,
-    DTYPES,
-    EXPECTED,
-    FIELDS,
-    FORMAT,
-    NAMES,
-    SPLITS,
-    VERSION,
-    Array,
-    ContentDigest,
-    decode_json,
-    fault_in,
-    rows_in,
-    text,
-)
+from hpclr.data.file import DatasetFile
+from hpclr.data.layout import Array
 from hpclr.errors import UsageError
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MUST_AGREE = {"task": "task", "classes": "classes or columns", "sample_shape": "shape of a sample", "dtype": "type"}
 
 
 class Dataset:
-    """An open dataset file whose structure was found right.
+    """Open dataset files, in each split one after another.
+
+    Pickled for another process it opens the files anew there, when something is first read from them.
 
     Attributes:
-        path: the file.
+        paths: the files.
+        path: the first of them.
         task: "classification" or "forecasting".
         classes: names of the classes in the order of the labels; for forecasting the columns.
         sample_shape: (C, H, W) or (F,); for forecasting (C,).
         dtype: type of x or series as stored.
-        mean: of each channel over the training split, (C,) float64, in the units of the file.
+        mean: of each channel over the training split, (C,) float64, in the units of the file; of several files
+            that of their training samples together.
         std: likewise, never zero.
-        sizes: split → number of samples.
-        digest: sha256 of the content.
-        stamp: size in bytes and time of the last change (mtime_ns) of the file when it was opened. As long as
-            it stays the same, so most likely has the content.
+        sizes: split → number of samples in all files.
+        trusted: whether all files say that their content was checked when they were written.
+        digest: sha256 of the content; of several files the sha256 of the list of their digests.
+        stamp: size in bytes and time of the last change (mtime_ns) of the file when it was opened; of several,
+            the list of these. As long as it stays the same, so most likely has the content.
+
+    Raises:
+        UsageError: for files that do not fit one another.
     """
 
-    def __init__(self, path: Path, file: h5py.File, task: str, sizes: dict[str, int]) -> None:
-        self.path, self.task, self.sizes = path, task, sizes
-        self._file = file
-        first = file["train"][FIELDS[task][0]]
-        self.sample_shape: tuple[int, ...] = tuple(first.shape[1:])
-        self.dtype: np.dtype[Any] = first.dtype
-        self.mean: npt.NDArray[np.float64] = file["mean"][...].astype(np.float64)
-        self.std: npt.NDArray[np.float64] = file["std"][...].astype(np.float64)
-        self.classes: list[str] = decode_json(file[NAMES[task]][...])
-        self.trusted = _is_checked(file)
-        self.digest = text(file.attrs["digest"]) if self.trusted else ""
-        self.stamp = _stamp(file)
+    def __init__(self, files: Sequence[DatasetFile]) -> None:
+        self.files = list(files)
+        first = self.files[0]
+        _check_agreement(self.files)
+        self.paths, self.path = tuple(file.path for file in files), first.path
+        self.task, self.classes = first.task, first.classes
+        self.sample_shape, self.dtype = first.sample_shape, first.dtype
+        self.trusted = all(file.trusted for file in files)
+        names = [split for split in ("train", "valid", "test") if any(split in file.sizes for file in files)]
+        self.sizes: dict[str, int] = {split: sum(self.file_sizes(split)) for split in names}
+        self.mean, self.std = _statistics(self.files)
+        self.digest = _digest(self.files)
+        self.stamp: dict[str, Any] = first.stamp if len(files) == 1 else {"files": [file.stamp for file in files]}
 
     def __enter__(self) -> "Dataset":
         return self
@@ -71,34 +62,51 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; batches can then no longer be read from it."""
-        self._file.close()
+        """Closes the files; batches can then no longer be read from them."""
+        for file in self.files:
+            file.close()
+
+    def file_sizes(self, split: str) -> list[int]:
+        """Number of samples of a split in each file."""
+        return [file.sizes.get(split, 0) for file in self.files]
+
+    def rows_in_chunk(self, split: str) -> int:
+        """Samples in a chunk of a split as it is stored in the first file that has it; at least 1 MiB of them."""
+        return next(file.rows_in_chunk(split) for file in self.files if split in file.sizes)
 
     def read_all(self, split: str, field: str) -> Array:
         """All rows of a field of a split, such as ("train", "x")."""
-        with _damage_named(self.path, f"{split}/{field}"):
-            return cast(Array, self._file[split][field][...])
+        return self.read_range(split, field, 0, self.sizes[split])
+
+    def read_range(self, split: str, field: str, first: int, last: int) -> Array:
+        """The rows `first` to `last` − 1 of a field."""
+        out = self._empty(field, last - first)
+        for file, offset, start, stop in self._overlaps(split, first, last):
+            file.read_into(out[start - first : stop - first], split, field, start - offset)
+        return out
 
     def read(self, split: str, field: str, rows: npt.NDArray[np.int64]) -> Array:
-        """The given rows (k,) of a field, in the order asked for; read in the order of the file."""
-        unique, places = np.unique(rows, return_inverse=True)
-        with _damage_named(self.path, f"{split}/{field}"):
-            return _rows(self._file[split][field], unique)[places]
+        """The given rows (k,) of a field, in the order asked for; read in the order of the files."""
+        if len(self.files) == 1:
+            return self.files[0].read(split, field, rows)
+        offsets = np.cumsum([0, *self.file_sizes(split)])
+        owner = np.searchsorted(offsets, rows, side="right") - 1
+        out = self._empty(field, len(rows))
+        for number in np.unique(owner).tolist():
+            mine = owner == number
+            out[mine] = self.files[number].read(split, field, rows[mine] - offsets[number])
+        return out
 
     def verify(self) -> None:
-        """Reads every value of a file that says it was checked, and compares the digest with the one it names.
+        """Reads every value of files that say that they were checked, and compares the digest with the one they name.
 
         Of any other file every value was read when it was opened.
 
         Raises:
             UsageError: if the content is not the one of the digest, or holds values that must not be there.
         """
-        if self.trusted and (found := self._scan()) != self.digest:
-            raise UsageError(
-                f"{self.path}: the content is not what the file was checked with: its attribute digest is "
-                f"{self.digest}, the digest of its content {found}. Prepare the data again, or, if the change is "
-                "meant, remove the attributes checked and digest."
-            )
+        for file in self.files:
+            file.verify()
 
     def check(self, split: str, arrays: dict[str, Array], first: int = 0) -> None:
         """Refuses values that must not be in a dataset.
@@ -109,216 +117,81 @@ class Dataset:
             first: index of the first of them in the split.
 
         Raises:
-            UsageError: for a value that is not finite and a label without a class, naming split and index.
+            UsageError: for a value that is not finite and a label without a class, naming file, split and index
+                in that file.
         """
-        fault = fault_in(arrays, len(self.classes))
-        if fault is not None:
-            row, what = fault
-            raise UsageError(f"{self.path}: {split} split, sample {first + row} (from 0): {what}. Repair the file.")
+        count = len(next(iter(arrays.values())))
+        for file, offset, start, stop in self._overlaps(split, first, first + count):
+            rows = slice(start - first, stop - first)
+            file.check(split, {field: values[rows] for field, values in arrays.items()}, start - offset)
 
-    def _scan(self) -> str:
-        """Reads every value once: refuses what must not be there, and computes the digest on the way."""
-        digest = ContentDigest(self.task)
-        for split, size in self.sizes.items():
-            step = rows_in(BLOCK_BYTES, self.sample_shape, self.dtype.itemsize)
-            for first in range(0, size, step):
-                self._scan_block(split, first, first + step, digest)
-        for name in ("mean", "std", NAMES[self.task]):
-            digest.update(name, self._file[name][...])
-        return digest.hexdigest()
+    def _empty(self, field: str, rows: int) -> Array:
+        if field == "y":
+            return np.empty(rows, np.int64)
+        return np.empty((rows, *self.sample_shape), self.dtype)
 
-    def _scan_block(self, split: str, first: int, last: int, digest: ContentDigest) -> None:
-        with _damage_named(self.path, split):
-            arrays = {field: self._file[split][field][first:last] for field in FIELDS[self.task]}
-        for field, values in arrays.items():
-            digest.update(f"{split}/{field}", values)
-        self.check(split, arrays, first)
+    def _overlaps(self, split: str, first: int, last: int) -> Iterator[tuple[DatasetFile, int, int, int]]:
+        """The files that hold the rows `first` to `last` − 1: file, its first row, and which of the rows it holds."""
+        offset = 0
+        for file, size in zip(self.files, self.file_sizes(split), strict=True):
+            start, stop = max(first, offset), min(last, offset + size)
+            if start < stop:
+                yield file, offset, start, stop
+            offset += size
 
 
-def open_dataset(path: Path) -> Dataset:
-    """Opens a dataset file after checking that training can use it.
+def open_dataset(path: str | PathLike[str] | Sequence[str | PathLike[str]]) -> Dataset:
+    """Opens a dataset after checking that training can use it.
 
     A file that says it was checked when it was written (docs/data.md) is believed; of any other every value is read
     once, to find what is not finite and labels without a class.
 
+    Args:
+        path: the file; or several files, which count as one after another in each split.
+
     Raises:
         UsageError: for a file that is missing, unreadable, damaged or not a dataset, naming every part that is
-            missing or malformed; for values that must not be there, naming split and index.
+            missing or malformed; for values that must not be there, naming split and index; for files that do not
+            fit one another, naming the two and what differs.
     """
-    path = Path(path)
-    file = _open(path)
+    paths = [path] if isinstance(path, str | PathLike) else path
+    if not paths:
+        raise UsageError("no dataset file is named; expected at least one")
+    files: list[DatasetFile] = []
     try:
-        with _damage_named(path, "the structure"):
-            task = _task(path, file)
-            _check_structure(path, file, task)
-            sizes = {split: len(file[split][FIELDS[task][0]]) for split in SPLITS if split in file}
-            dataset = Dataset(path, file, task, sizes)
-        if not dataset.trusted:
-            dataset.digest = dataset._scan()
+        for each in paths:
+            files.append(DatasetFile(Path(each)))
+        return Dataset(files)
     except BaseException:
-        file.close()
+        for file in files:
+            file.close()
         raise
-    return dataset
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        hint = (
-            "`hpclr data prepare` makes such a file." if error.errno == errno.ENOENT else "Check path and permission."
-        )
-        raise UsageError(f"{path}: the dataset cannot be opened: {error.strerror}. {hint}") from error
-    if not h5py.is_hdf5(path):
-        raise UsageError(
-            f"{path}: expected an HDF5 file as `hpclr data prepare` writes it, found another kind of file. "
-            "Prepare the data first, and name the file that this makes."
-        )
-    try:
-        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
-    except OSError as error:
-        raise UsageError(_damaged(path, "the file", error)) from error
+def _check_agreement(files: Sequence[DatasetFile]) -> None:
+    first = files[0]
+    for file in files[1:]:
+        for name, what in _MUST_AGREE.items():
+            expected, found = getattr(first, name), getattr(file, name)
+            if found != expected:
+                raise UsageError(
+                    f"{file.path}: its {what} is {found}, that of {first.path} is {expected}; files that count as one "
+                    "dataset must agree in it. Prepare them alike, or leave one out."
+                )
 
 
-def _damaged(path: Path, what: str, error: Exception) -> str:
-    return (
-        f"{path}: HDF5 cannot read {what}; the file is truncated or damaged ({error}). "
-        "Prepare the data again, or copy the file again."
-    )
+def _statistics(files: Sequence[DatasetFile]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation of all training samples together, from those of each file."""
+    if len(files) == 1:
+        return files[0].mean, files[0].std
+    shares = np.array([file.sizes["train"] for file in files], dtype=np.float64)[:, None]
+    shares /= shares.sum()
+    means, deviations = (np.stack([getattr(file, name) for file in files]) for name in ("mean", "std"))
+    mean = (shares * means).sum(axis=0)
+    return mean, np.sqrt((shares * (deviations**2 + (means - mean) ** 2)).sum(axis=0))
 
 
-@contextmanager
-def _damage_named(path: Path, what: str) -> Iterator[None]:
-    """Turns what HDF5 raises for wrong checksums and broken structure into a message."""
-    try:
-        yield
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UsageError(_damaged(path, what, error)) from error
-
-
-def _task(path: Path, file: h5py.File) -> str:
-    found = {name: text(file.attrs.get(name, "missing")) for name in ("format", "version", "task")}
-    if found["format"] != FORMAT or found["version"] != str(VERSION) or found["task"] not in FIELDS:
-        raise UsageError(
-            f"{path}: expected the root attributes format='{FORMAT}', version={VERSION}, "
-            f"task='classification' or 'forecasting', found {found}. "
-            "Write the file with `hpclr data prepare`, or as docs/data.md says."
-        )
-    return found["task"]
-
-
-def _is_checked(file: h5py.File) -> bool:
-    return bool(file.attrs.get("checked", False)) and bool(_DIGEST.fullmatch(text(file.attrs.get("digest", ""))))
-
-
-def _stamp(file: h5py.File) -> dict[str, int]:
-    """Of the open file itself: its name may lead to another one by now."""
-    status = os.fstat(file.id.get_vfd_handle())
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _check_structure(path: Path, file: h5py.File, task: str) -> None:
-    problems = [problem for split in SPLITS for problem in _split_problems(file, split, task)]
-    problems += _names_problems(file, NAMES[task])
-    if not problems:
-        problems = _agreement_problems(file, task)
-    if problems:
-        raise UsageError(
-            f"{path}: not a usable dataset: {'; '.join(problems)}. Expected: {EXPECTED[task]}. "
-            "Write the file with `hpclr data prepare`, or as docs/data.md says."
-        )
-
-
-def _split_problems(file: h5py.File, split: str, task: str) -> Iterator[str]:
-    if split not in file:
-        if split != "valid":
-            yield f"/{split} is missing"
-        return
-    for field in FIELDS[task]:
-        yield from _field_problems(file, f"{split}/{field}", field)
-
-
-def _field_problems(file: h5py.File, name: str, field: str) -> Iterator[str]:
-    found = _dataset(file, name)
-    if found is None:
-        yield f"/{name} is missing"
-        return
-    ranks = {"x": (2, 4), "y": (1,), "series": (2,)}[field]
-    if found.ndim not in ranks:
-        yield f"/{name} has {found.ndim} dimensions, expected {' or '.join(map(str, ranks))}"
-    elif not found.size:
-        yield f"/{name} is empty, its shape is {found.shape}"
-    if str(found.dtype) not in DTYPES[field]:
-        yield f"/{name} is {found.dtype}, expected {' or '.join(DTYPES[field])}"
-
-
-def _names_problems(file: h5py.File, name: str) -> Iterator[str]:
-    for statistic in ("mean", "std"):
-        found = _dataset(file, statistic)
-        if found is None or found.ndim != 1 or found.dtype.kind != "f":
-            yield f"/{statistic} {_is_what(found)}, expected (C,) float64"
-    found = _dataset(file, name)
-    if found is None or found.dtype != np.uint8:
-        yield f"/{name} {_is_what(found)}, expected the bytes of a JSON list"
-    elif not _is_list_of_names(found):
-        yield f"/{name} is not the JSON text of a list of at least one string"
-
-
-def _is_what(found: h5py.Dataset | None) -> str:
-    return "is missing" if found is None else f"is {found.shape} {found.dtype}"
-
-
-def _is_list_of_names(found: h5py.Dataset) -> bool:
-    try:
-        names = decode_json(found[...])
-    except ValueError:
-        return False
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-
-
-def _agreement_problems(file: h5py.File, task: str) -> list[str]:
-    """What is wrong between datasets each of which is right."""
-    field = FIELDS[task][0]
-    first = file["train"][field]
-    problems = []
-    for split in (split for split in SPLITS if split in file):
-        rows = file[split][field]
-        if rows.shape[1:] != first.shape[1:] or rows.dtype != first.dtype:
-            problems.append(
-                f"/{split}/{field} has samples {rows.shape[1:]} {rows.dtype}, "
-                f"/train/{field} has {first.shape[1:]} {first.dtype}"
-            )
-        if "y" in FIELDS[task] and len(file[split]["y"]) != len(rows):
-            problems.append(f"/{split}/{field} has {len(rows)} samples but /{split}/y {len(file[split]['y'])} labels")
-    problems += _statistics_problems(file, first.shape[1])
-    if task == "forecasting" and (count := len(decode_json(file["columns"][...]))) != first.shape[1]:
-        problems.append(f"/columns has {count} names, /train/series has {first.shape[1]} columns")
-    return problems
-
-
-def _statistics_problems(file: h5py.File, channels: int) -> Iterator[str]:
-    for name in ("mean", "std"):
-        values = file[name][...]
-        if values.shape != (channels,):
-            yield f"/{name} has {len(values)} values, expected one for each of the {channels} channels"
-        elif not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
-            above = ", each above 0" if name == "std" else ""
-            yield f"/{name} must hold finite numbers{above}, found {values.tolist()}"
-
-
-def _dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
-    found = file.get(name)
-    return found if isinstance(found, h5py.Dataset) else None
-
-
-def _rows(stored: h5py.Dataset, rows: npt.NDArray[np.int64]) -> Array:
-    """Ascending rows of a dataset, each chunk that holds some of them read once."""
-    result = np.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
-    chunk = stored.chunks[0] if stored.chunks else rows_in(BLOCK_BYTES, stored.shape[1:], stored.dtype.itemsize)
-    bounds = np.flatnonzero(np.diff(rows // chunk)) + 1
-    for first, last in zip([0, *bounds], [*bounds, len(rows)], strict=True):
-        start = int(rows[first])
-        piece = stored[start : int(rows[last - 1]) + 1]
-        result[first:last] = piece[rows[first:last] - start]
-    return result
+def _digest(files: Sequence[DatasetFile]) -> str:
+    if len(files) == 1:
+        return files[0].digest
+    return hashlib.sha256("".join(f"{file.digest}\n" for file in files).encode()).hexdigest()

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     MIXUP_WEIGHT = 5
     MIXUP_PARTNER = 6
     SPLIT = 7
+    CHUNK = 8
+    WINDOW = 9
 
 
 def mix(x: U64) -> U64:

@@ -1,6 +1,6 @@
 """Preparing data: from a source in any known format to one HDF5 file, block by block."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ from hpclr.data.hashing import Stream, key
 from hpclr.data.layout import FIELDS, SPLITS, Array, fault_in
 from hpclr.data.order import permute
 from hpclr.data.readers import open_source
-from hpclr.data.source import Block, Source, reading
+from hpclr.data.source import Block, Source
+from hpclr.data.teamwork import Team, all_blocks
 from hpclr.data.writer import DatasetWriter, replacing
 from hpclr.errors import UsageError
 
@@ -31,6 +32,7 @@ def prepare(
     limit: int | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    team: Team | None = None,
 ) -> dict[str, int]:
     """Writes a data set as a dataset file, which is there whole at the end or not at all.
 
@@ -45,6 +47,7 @@ def prepare(
         limit: at most so many samples of each split: a random choice, of a time series the first rows.
         force: replace `out` if it is there.
         progress: called after every block.
+        team: processes that read a share of the blocks with `hpclr.data.teamwork.read_share`; the file is the same.
 
     Returns:
         split → number of samples in the file.
@@ -62,7 +65,7 @@ def prepare(
     with replacing(out, size_bytes) as temporary:
         with DatasetWriter(temporary, data, sizes) as writer:
             for part in data.parts:
-                _copy(data, part, roles, writer, progress)
+                _copy(data, part, roles, writer, progress, team)
             writer.finish()
         _check_free(out, force)
     return sizes
@@ -130,13 +133,20 @@ def _count(roles: dict[str, Array], split: str) -> int:
     )
 
 
-def _copy(source: Source, part: str, roles: dict[str, Array], writer: DatasetWriter, progress: Progress) -> None:
+def _copy(
+    source: Source,
+    part: str,
+    roles: dict[str, Array],
+    writer: DatasetWriter,
+    progress: Progress,
+    team: Team | None,
+) -> None:
     """Checks and writes one part of the source."""
     names = list(source.parts)
     before = sum(source.parts[name].size for name in names[: names.index(part)])
     total = sum(known.size for known in source.parts.values())
     done = 0
-    for block in _blocks(source, part):
+    for block in all_blocks(source, part, team):
         count = len(block.arrays[FIELDS[source.task][0]])
         _check(block, len(source.names))
         where = roles[part][done : done + count]
@@ -147,17 +157,6 @@ def _copy(source: Source, part: str, roles: dict[str, Array], writer: DatasetWri
         done += count
         progress(before + done, total)
     _check_complete(source, part, done)
-
-
-def _blocks(source: Source, part: str) -> Iterator[Block]:
-    """The blocks of a part; what reading raises is told from what writing raises."""
-    blocks = source.parts[part].blocks()
-    while True:
-        with reading(f"{source.origin}, {part} split"):
-            block = next(blocks, None)
-        if block is None:
-            return
-        yield block
 
 
 def _check(block: Block, classes: int) -> None:

@@ -26,10 +26,23 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One split in the source."""
+    """One split in the source.
+
+    Attributes:
+        size: number of rows.
+        blocks: reads them all, block by block.
+        every: `every(first, step)` reads the blocks first, first + step, … of these without reading the others, so
+            that several processes can share the work; None where that cannot be, as in a compressed stream.
+    """
 
     size: int
     blocks: Callable[[], Iterator[Block]]
+    every: Callable[[int, int], Iterator[Block]] | None = None
+
+    @classmethod
+    def divisible(cls, size: int, every: Callable[[int, int], Iterator[Block]]) -> "Part":
+        """A split of which any block can be read by itself."""
+        return cls(size, lambda: every(0, 1), every)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,16 @@ def reading(path: Path | str) -> Iterator[None]:
             f"{path}: the source cannot be read ({type(error).__name__}: {error}). "
             "Check that the files are there, complete and readable."
         ) from error
+
+
+def guarded(blocks: Iterator[Block], source: Path | str) -> Iterator[Block]:
+    """The same blocks; what reading them raises is told from what writing them raises."""
+    while True:
+        with reading(source):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
 
 
 def check_folder(folder: Path, expected: str) -> None:

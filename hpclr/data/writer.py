@@ -111,7 +111,7 @@ class DatasetWriter:
         for split, size in sizes.items():
             for field in FIELDS[source.task]:
                 shape, dtype = ((size,), "int64") if field == "y" else ((size, *source.row_shape), source.dtype)
-                self._create(f"{split}/{field}", shape, dtype)
+                create(self._file, f"{split}/{field}", shape, dtype)
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -147,15 +147,17 @@ class DatasetWriter:
         return digest
 
     def _add(self, name: str, values: Array) -> None:
-        self._create(name, values.shape, str(values.dtype))[...] = values
+        create(self._file, name, values.shape, str(values.dtype))[...] = values
         self._digest.update(name, values)
 
-    def _create(self, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-        return self._file.create_dataset(
-            name,
-            shape,
-            np.dtype(dtype).newbyteorder("<"),
-            chunks=chunk_shape(shape, np.dtype(dtype).itemsize),
-            fletcher32=True,
-            track_times=False,
-        )
+
+def create(file: h5py.Group, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+    """A new dataset of little-endian numbers, in chunks with checksums."""
+    return file.create_dataset(
+        name,
+        shape,
+        np.dtype(dtype).newbyteorder("<"),
+        chunks=chunk_shape(shape, np.dtype(dtype).itemsize),
+        fletcher32=True,
+        track_times=False,
+    )

@@ -143,10 +143,12 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 
     A graph of an earlier step that is still referenced (a `loss` variable, usually) keeps the parameter's
     gradient accumulator alive, which remembers the old shape and would refuse the new gradient. A change of
-    type on the way makes torch forget it.
+    type on the way makes torch forget it. Where the shape stays, so does the accumulator, on which data
+    parallelism has its hooks.
     """
-    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
-    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    if parameter.shape != data.shape:
+        other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = data
     parameter.grad = None
 

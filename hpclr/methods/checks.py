@@ -1,6 +1,8 @@
 """What is refused before training starts, with the value found and the values allowed."""
 
+from collections.abc import Collection, Mapping
 from math import inf
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -35,17 +37,33 @@ def _require(holds: bool, name: str, found: object, allowed: str) -> None:
 
 
 def check_model(model: nn.Module) -> nn.Module:
-    """The module whose layers are to be converted: inside a compiled one, the original.
+    """The module whose layers are to be converted: inside a replica or a compiled one, the original.
 
     Raises:
         TypeError: if it is not a module, or is wrapped so that its parameters cannot change shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
-    original: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    inside: Any = model.module if hasattr(model, "placement") else model  # a replica
+    original: nn.Module = getattr(inside, "_orig_mod", inside)  # torch.compile's wrapper
     if isinstance(original, (DataParallel, DistributedDataParallel)):
         raise TypeError(
             f"the model is wrapped in {type(original).__name__}, which fixes the shapes of its parameters; low-rank "
-            "training changes them. This version trains in one process: pass the module inside, unwrapped."
+            "training changes them. Use `replica = hpclr.parallel.Replica(model)` in its place, which renews it after "
+            "each change, and give the replica to the method."
         )
     return original
+
+
+def check_layers(found: Collection[str], left_alone: Mapping[str, str]) -> None:
+    """Raises ValueError if a model has no layer that can be converted; says of some why not."""
+    if not found:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
+        raise ValueError(f"the model has no layer that OIALR can convert ({reasons or 'it has no parameters'})")
+
+
+def check_saved(ranks: Mapping[str, int], largest: Mapping[str, int]) -> None:
+    """Raises ValueError if saved ranks are not those of these layers, or larger than possible."""
+    differing = sorted(n for n in ranks.keys() | largest.keys() if ranks.get(n, inf) > largest.get(n, 0))[:3]
+    if differing:
+        raise ValueError(f"the saved state is of another model or other settings: layers {', '.join(differing)} differ")

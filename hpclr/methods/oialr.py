@@ -13,8 +13,8 @@ Gradients and the optimiser's moments are rotated with the basis (`lowrank.momen
 as if nothing had happened but the cut. Steps are those the optimiser has really taken.
 """
 
-from collections.abc import Mapping, Sequence
-from math import ceil, inf
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpclr.lowrank import BasisChange, RankRule, WeightSite, rank_rule, select
-from hpclr.lowrank.factors import SVD, FactorizationError, svd
+from hpclr.lowrank.factors import SVD, FactorizationError
 from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
 from hpclr.lowrank.ranks import noise_estimated_by, with_noise
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_model, check_settings
+from hpclr.methods.checks import check_layers, check_model, check_saved, check_settings
 from hpclr.methods.placement import Here, Outcome, Placement
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.methods.stability import StabilityTracker
@@ -44,7 +44,7 @@ class OIALR(Method):
         oialr.step()
 
     Args:
-        model: any module; its layers are converted in place.
+        model: any module, or a `hpclr.parallel.Replica` of one; its layers are converted in place.
         optimizer: holds the model's parameters; its state is carried through every change of basis.
         delay: optimiser steps of full-rank training, or (below 1) a fraction of the run.
         every: optimiser steps between checks, or a fraction of the run.
@@ -63,7 +63,7 @@ class OIALR(Method):
             finds its rank so low that factors are no larger and no slower than the dense weight; else that trains.
         sigma_lr: a factor on the learning rate of Σ.
         total_steps: the length of the run; needed if `delay` or `every` are fractions of it.
-        placement: which process examines which layer; None means this one, all of them.
+        placement: which process examines which layer; None: as the replica says, else this one all of them.
 
     Attributes:
         steps: optimiser steps taken so far.
@@ -107,9 +107,7 @@ class OIALR(Method):
         chosen = select(self._model, max_aspect=max_aspect, **names, **ends)  # type: ignore[arg-type]
         self._sites = {site.name: site for site in chosen.eligible}
         self.report = chosen.left_alone
-        if not self._sites:
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(self.report.items())[:5])
-            raise ValueError(f"the model has no layer that OIALR can convert ({reasons or 'it has no parameters'})")
+        check_layers(self._sites, self.report)
         check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
         self._optimizer = optimizer
         self._rule = rank_rule(cutoff)
@@ -118,7 +116,7 @@ class OIALR(Method):
         )
         self._max_cut, self._min_rank = exact(max_cut), exact(min_rank)
         self._when_stable, self._when_it_pays = freeze == "stable", convert == "when_it_pays"
-        self._placement = placement or Here()
+        self._placement: Placement = placement or getattr(model, "placement", None) or Here()
         self._hooks: list[ChangeHook] = []
         self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr, [s.parameter for s in chosen.eligible])
         self._tracker = StabilityTracker(stability_threshold)
@@ -169,15 +167,26 @@ class OIALR(Method):
     def _begin(self) -> None:
         """The bases at the start, which the first check compares with; without a delay that check is now."""
         self._last_check = self._schedule.latest(0)
-        for site in self._sites.values():
-            try:
-                basis = svd(site.core())
-            except FactorizationError as error:
-                raise ValueError(f"layer '{site.name}': {error}") from error
-            if self._schedule.delay > 0:
-                self._tracker.remember(site.name, basis, whole=self._schedule.is_due(0))
+        self._tracker.begin(self._sites, whole=self._schedule.is_due(0))
+        for name, outcome in self._share(self._first_look).items():
+            if outcome.failed is not None:
+                raise ValueError(f"layer '{name}': {outcome.failed}")
         if self._schedule.delay == 0:
             self._check(0)
+
+    def _first_look(self, site: WeightSite) -> Outcome:
+        try:
+            basis = self._placement.decompose(site.core())
+        except FactorizationError as error:
+            return Outcome(site.rank, None, None, failed=str(error))
+        if self._schedule.delay > 0:
+            self._tracker.remember(site.name, basis)
+        return Outcome(site.rank, None, None)
+
+    def _share(self, examine: Callable[[WeightSite], Outcome]) -> dict[str, Outcome]:
+        """Each layer examined by one process, the outcomes on all."""
+        costs = {name: float(site.rank**2 * max(site.core().shape)) for name, site in self._sites.items()}
+        return self._placement.share(costs, lambda name: examine(self._sites[name]), self._tracker.memory)
 
     @torch.no_grad()
     def _check(self, j: int) -> None:
@@ -186,17 +195,17 @@ class OIALR(Method):
         self.checks += 1
         names = list(self._sites)
         covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
-        costs = {name: float(site.rank**2 * max(site.core().shape)) for name, site in self._sites.items()}
-        outcomes = self._placement.share(costs, lambda name: self._examine(self._sites[name], j, name in covered))
-        for name, outcome in outcomes.items():
+        for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)).items():
             self._apply(self._sites[name], outcome)
+        converted = [site.factors for site in self._sites.values() if site.is_lowrank]
+        self._placement.confirm(self.ranks, [factor for factors in converted for factor in factors])
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         try:
             # float64, since the rounding of rotations adds up over the checks
-            basis = svd(site.core().double() if site.is_lowrank else site.core())
-        except FactorizationError:
-            return Outcome(site.rank, None, None, failed=True)
+            basis = self._placement.decompose(site.core().double() if site.is_lowrank else site.core())
+        except FactorizationError as error:
+            return Outcome(site.rank, None, None, failed=str(error))
         stability = self._tracker.measure(site.name, basis)
         rank = self._rank(site, basis)
         if site.is_lowrank:
@@ -229,7 +238,7 @@ class OIALR(Method):
         return rank if (covered or settled) and pays(*site.shape, rank, groups=site.groups) else None
 
     def _apply(self, site: WeightSite, outcome: Outcome) -> None:
-        self.failures += outcome.failed
+        self.failures += outcome.failed is not None
         self._watched[site.name] = outcome.rank
         if outcome.noise is not None:
             self._noise[site.name] = outcome.noise
@@ -266,7 +275,7 @@ class OIALR(Method):
             "ranks": {name: site.rank for name, site in self._sites.items() if site.is_lowrank},
             "watched": dict(self._watched),
             "noise": dict(self._noise),
-            "stability": self._tracker.state_dict(),
+            "stability": self._tracker.state_dict(self._placement.gather(self._tracker.memory)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,12 +286,7 @@ class OIALR(Method):
         Raises:
             ValueError: if the state belongs to another model; names the first layers that differ or are too small.
         """
-        saved, largest = state["watched"], {name: min(site.shape) for name, site in self._sites.items()}
-        differing = sorted(n for n in saved.keys() | largest.keys() if saved.get(n, inf) > largest.get(n, 0))[:3]
-        if differing:
-            raise ValueError(
-                f"the saved state is of another model or other settings: layers {', '.join(differing)} differ"
-            )
+        check_saved(state["watched"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
             if name in state["ranks"]:
                 site.set_rank(int(state["ranks"][name]))
@@ -292,6 +296,6 @@ class OIALR(Method):
         # a run made longer has its checks elsewhere, if they are fractions of it
         self._last_check = min(int(state["last_check"]), self._schedule.latest(self.steps))
         self.failures = int(state["failures"])
-        self._watched = {name: int(rank) for name, rank in saved.items()}
+        self._watched = {name: int(rank) for name, rank in state["watched"].items()}
         self._noise = {name: float(noise) for name, noise in state["noise"].items()}
         self._tracker.load_state_dict(state["stability"])

@@ -1,9 +1,11 @@
 """Who computes what: methods are handed this, and know nothing else of other processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import NamedTuple, Protocol
 
-from hpclr.lowrank.factors import SVD
+from torch import Tensor
+
+from hpclr.lowrank.factors import SVD, svd
 
 
 class Outcome(NamedTuple):
@@ -13,28 +15,61 @@ class Outcome(NamedTuple):
     stability: float | None  # since the last check; None if it could not be measured
     basis: SVD | None  # the change of basis to make: L, new singular values, Rᵀ; None: keep the present one
     noise: float | None = None  # of a dense weight, where the rule estimates it; holds once the spectrum has been cut
-    failed: bool = False  # the layer could not be decomposed
+    failed: str | None = None  # why the layer could not be decomposed
 
 
 Examine = Callable[[str], Outcome]
 
 
 class Placement(Protocol):
-    """Shares out the examination of layers over processes."""
+    """Shares out the examination of layers over processes, all of which call the same methods at the same step."""
 
-    def share(self, costs: Mapping[str, float], examine: Examine) -> dict[str, Outcome]:
+    def decompose(self, matrix: Tensor) -> SVD:
+        """The singular value decomposition that `examine` shall use.
+
+        Raises:
+            FactorizationError: if there is none.
+        """
+        ...
+
+    def share(
+        self, costs: Mapping[str, float], examine: Examine, memory: MutableMapping[str, Tensor]
+    ) -> dict[str, Outcome]:
         """Has every layer examined by some process and gives all outcomes to every process.
 
         Args:
             costs: layer name → floating-point operations of its decomposition, in registration order.
             examine: computes the outcome of one layer; called on one process for each.
+            memory: layer name → what `examine` remembers of it; is kept where the layer is examined, and may be
+                dropped elsewhere.
         """
+        ...
+
+    def gather(self, memory: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is remembered of all layers, on the first process; for checkpoints."""
+        ...
+
+    def confirm(self, ranks: Mapping[str, int], factors: Iterable[Tensor]) -> None:
+        """Raises an error if ranks or factors are not the same to the bit on all processes."""
         ...
 
 
 class Here:
     """A single process does everything itself."""
 
-    def share(self, costs: Mapping[str, float], examine: Examine) -> dict[str, Outcome]:
+    def decompose(self, matrix: Tensor) -> SVD:
+        """As `hpclr.lowrank.factors.svd`."""
+        return svd(matrix)
+
+    def share(
+        self, costs: Mapping[str, float], examine: Examine, memory: MutableMapping[str, Tensor]
+    ) -> dict[str, Outcome]:
         """Examines all layers in turn."""
         return {name: examine(name) for name in costs}
+
+    def gather(self, memory: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything is here."""
+        return dict(memory)
+
+    def confirm(self, ranks: Mapping[str, int], factors: Iterable[Tensor]) -> None:
+        """There is nobody to differ from."""

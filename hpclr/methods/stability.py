@@ -1,6 +1,6 @@
 """Following the orthogonal basis of every layer: how much of it is kept from check to check."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,24 +25,26 @@ class StabilityTracker:
         self.threshold = threshold
         self.last: dict[str, float] = {}
         self._in_a_row: dict[str, int] = {}
-        self._polar: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}  # polar factors; in many processes, of the layers examined here
 
-    def remember(self, name: str, basis: SVD, *, whole: bool) -> None:
-        """Keeps the polar factor of a layer at the start of training for the first comparison.
+    def begin(self, names: Iterable[str], *, whole: bool) -> None:
+        """At the start of training.
 
         Args:
-            name: the layer.
-            basis: its decomposition.
-            whole: whether that comparison comes a whole interval later; one over less says too little to count.
+            names: the layers.
+            whole: whether the first comparison comes a whole interval later; one over less says too little to count.
         """
-        self._polar[name] = polar(basis).to("cpu")
-        self._in_a_row[name] = 0 if whole else -1
+        self._in_a_row = dict.fromkeys(names, 0 if whole else -1)
+
+    def remember(self, name: str, basis: SVD) -> None:
+        """Keeps the polar factor of a layer for the next comparison."""
+        self.memory[name] = polar(basis).to("cpu")
 
     def measure(self, name: str, basis: SVD) -> float | None:
         """The stability of a layer's basis since it was last remembered, which it is again; None for the first time."""
         now = polar(basis)
-        before = self._polar.get(name)
-        self._polar[name] = now.to("cpu")
+        before = self.memory.get(name)
+        self.memory[name] = now.to("cpu")
         if before is None:
             return None
         return alignment((torch.diag(before) if before.ndim == 1 else before).to(now), now)
@@ -60,12 +62,12 @@ class StabilityTracker:
 
     def rebase(self, name: str, s: Tensor) -> None:
         """The layer's Σ is diag(s) now, and its Q the identity, but for directions without weight."""
-        self._polar[name] = (torch.arange(s.numel()) < numerical_rank(s, (s.numel(), s.numel()))).to(s.dtype)
+        self.memory[name] = (torch.arange(s.numel()) < numerical_rank(s, (s.numel(), s.numel()))).to(s.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Values and remembered factors by layer name."""
-        return {"last": dict(self.last), "in_a_row": dict(self._in_a_row), "polar": dict(self._polar)}
+    def state_dict(self, memory: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Values, and the remembered factors of all processes together, by layer name."""
+        return {"last": dict(self.last), "in_a_row": dict(self._in_a_row), "polar": dict(memory)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.last, self._in_a_row, self._polar = (dict(state[key]) for key in ("last", "in_a_row", "polar"))
+        self.last, self._in_a_row, self.memory = (dict(state[key]) for key in ("last", "in_a_row", "polar"))

@@ -17,17 +17,14 @@ from hpclr.config import RunFile
 from hpclr.config.schema import Dense as DenseSection
 from hpclr.config.schema import Oialr, Target
 from hpclr.data import Augment, Dataset, Loader, open_dataset
+from hpclr.data.loader import choose_order
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA
 from hpclr.methods import OIALR, Dense, Method
-from hpclr.training.environment import (
-    choose_device,
-    random_states,
-    record,
-    seed_everything,
-    set_random_states,
-    use_threads,
-)
+from hpclr.parallel.group import Group
+from hpclr.parallel.replica import Replica
+from hpclr.training.environment import random_states, record, seed_everything, seed_of, set_random_states
+from hpclr.training.job import Job, alone, staged
 from hpclr.training.optimizers import build_optimizer
 from hpclr.training.precision import Precision
 from hpclr.training.schedules import LearningRate, learning_rate
@@ -39,13 +36,13 @@ class Assembly:
     """Everything that a run trains with."""
 
     run: RunFile
-    device: torch.device
-    threads: int
+    job: Job
     dataset: Dataset
     loader: Loader
     valid: Loader | None
     test: Loader
     model: nn.Module
+    replica: Replica
     optimizer: Optimizer
     method: Method
     task: Classification
@@ -55,31 +52,46 @@ class Assembly:
     total_steps: int
     environment: dict[str, object]
 
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self.job.device
+
     def example(self) -> Tensor:
         """An input batch as the model gets it, for counting operations."""
         return self.test.batch(0, 0).x.to(self.device)
 
 
-def assemble(run: RunFile) -> Assembly:
+@dataclass
+class _Materials:
+    """What each process makes by itself."""
+
+    dataset: Dataset
+    loader: Loader
+    valid: Loader | None
+    test: Loader
+    model: nn.Module
+    precision: Precision
+    optimizer: Optimizer
+    total_steps: int
+
+
+def assemble(run: RunFile, job: Job | None = None) -> Assembly:
     """Builds model, data, optimiser and method of a run.
 
+    Args:
+        run: the run file.
+        job: the processes that train it, all of which call this; None: this one alone.
+
     Raises:
-        UsageError: for everything in the run file or the data that cannot work.
+        UsageError: for everything in the run file or the data that cannot work; on all processes.
     """
-    device, threads = _usage("train", choose_device, run.train.device), use_threads(run.train.threads)
-    dataset = open_dataset(Path(run.data.path))
-    _check_task(dataset)
-    precision = Precision(run.train.precision, device)
-    loader, valid, test = _loaders(run, dataset, precision.dtype)
-    _check_validation(run, valid)
-    total = run.train.steps or (run.train.epochs or 0) * len(loader)
-    model = build_model(run, dataset).to(device, precision.dtype)
-    x = loader.batch(0, 0).x.to(device)
-    check_outputs(model, x[:2], len(dataset.classes), precision)
-    _check_extra_state(model)
-    _check_smallest_piece(model, x[: _smallest_piece(run, loader, total)], run, precision)
-    optimizer = build_optimizer(run.optimizer, model.parameters())
-    method = _usage("method", build_method, run, model, optimizer, total)
+    job = job or alone(run)
+    made = job.group.together(lambda: _materials(run, job))
+    job.require_same({"the data's digest": made.dataset.digest})
+    loader, model, optimizer, total = made.loader, made.model, made.optimizer, made.total_steps
+    replica = _replica(run, model)
+    method = _usage("method", build_method, run, replica, optimizer, total)
     ema = EMA(model, run.train.ema) if run.train.ema is not None else None
     if ema is not None:
         method.on_change(ema.follow)
@@ -87,21 +99,70 @@ def assemble(run: RunFile) -> Assembly:
     task = Classification(run.train.label_smoothing)
     return Assembly(
         run=run,
-        device=device,
-        threads=threads,
-        dataset=dataset,
+        job=job,
+        dataset=made.dataset,
         loader=loader,
-        valid=valid,
-        test=test,
+        valid=made.valid,
+        test=made.test,
         model=model,
+        replica=replica,
         optimizer=optimizer,
         method=method,
         task=task,
-        precision=precision,
+        precision=made.precision,
         ema=ema,
         learning_rate=rate,
         total_steps=total,
-        environment=record(device, threads),
+        environment=record(job.device, job.threads, job.hosts, job.layout.launcher),
+    )
+
+
+def _materials(run: RunFile, job: Job) -> _Materials:
+    dataset = open_dataset(staged(run, data_files(run)))
+    _check_task(dataset)
+    precision = Precision(run.train.precision, job.device)
+    loader, valid, test = _loaders(run, dataset, precision.dtype, job.group)
+    _check_validation(run, valid)
+    total = run.train.steps or (run.train.epochs or 0) * len(loader)
+    model = _with_batch_statistics(run, build_model(run, dataset), job.device).to(job.device, precision.dtype)
+    x = loader.batch(0, 0).x.to(job.device)
+    check_outputs(model, x[:2], len(dataset.classes), precision)
+    _check_extra_state(model)
+    _check_smallest_piece(model, x[: _smallest_piece(run, loader, total, job.group.size)], run, precision)
+    if job.group.rank > 0:  # all have the same weights; what they draw while training is their own
+        seed_everything(seed_of(run.train.seed, job.group.rank))
+    optimizer = build_optimizer(run.optimizer, model.parameters())
+    return _Materials(dataset, loader, valid, test, model, precision, optimizer, total)
+
+
+def data_files(run: RunFile) -> list[Path]:
+    """The files of a run's data, one or several."""
+    path = run.data.path
+    return [Path(path)] if isinstance(path, str) else [Path(one) for one in path]
+
+
+def _with_batch_statistics(run: RunFile, model: nn.Module, device: torch.device) -> nn.Module:
+    """Batch norms that take their statistics from all processes, if the run file asks for them."""
+    if not run.parallel.sync_batchnorm:
+        return model
+    if device.type != "cuda":
+        raise UsageError(
+            "parallel.sync_batchnorm: true needs CUDA devices, this run is on the CPU, where torch has no such layer; "
+            "take it out, or choose a model without batch normalisation"
+        )
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return synchronised
+
+
+def _replica(run: RunFile, model: nn.Module) -> Replica:
+    section, options = run.method, {}
+    if isinstance(section, Oialr):
+        options = {"svd": section.svd, "heat_rank": section.heat_rank}
+    return Replica(
+        model,
+        broadcast_buffers=False,  # not in every step: before they are read, that is, scored or saved
+        unused_parameters=run.parallel.unused_parameters,
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -121,7 +182,7 @@ def _check_task(dataset: Dataset) -> None:
         )
 
 
-def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader, Loader | None, Loader]:
+def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype, group: Group) -> tuple[Loader, Loader | None, Loader]:
     data, seed = run.data, run.train.seed
     augment = Augment(flip=data.flip, crop=data.crop) if data.flip or data.crop else None
     loader = Loader(
@@ -129,13 +190,13 @@ def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> tuple[Loader
         "train",
         data.batch_size,
         seed,
-        shuffle=True,
+        shuffle=choose_order(dataset, data.shuffle, data.window),
         augment=augment,
         mixup=data.mixup,
         in_memory=data.in_memory,
         dtype=dtype,
+        part=(group.rank, group.size),
     )
-
     valid = held_out(run, dataset, "valid", dtype) if "valid" in dataset.sizes else None
     return loader, valid, held_out(run, dataset, "test", dtype)
 
@@ -235,12 +296,13 @@ def _check_extra_state(model: nn.Module) -> None:
             )
 
 
-def _smallest_piece(run: RunFile, loader: Loader, total: int) -> int:
-    """The fewest samples that the model will see at once in training."""
+def _smallest_piece(run: RunFile, loader: Loader, total: int, processes: int) -> int:
+    """The fewest samples that the model will see at once in training, on any process."""
     size, last = run.data.batch_size, loader.size % run.data.batch_size
     batches = {size, last} if last and total >= len(loader) else {size}
     most = run.train.micro_batch or size
-    return min(batch % most or most for batch in batches)
+    parts = {max(1, part) for batch in batches for part in (batch // processes, -(-batch // processes))}
+    return min(part % most or most for part in parts)
 
 
 @torch.no_grad()
@@ -253,8 +315,9 @@ def _check_smallest_piece(model: nn.Module, x: Tensor, run: RunFile, precision: 
     except Exception as error:
         raise UsageError(
             f"model: in training it does not take {len(x)} of the samples at once, which is the smallest part of a "
-            f"batch here (data.batch_size {run.data.batch_size}, train.micro_batch {run.train.micro_batch}, and what "
-            f"is left at the end of an epoch): {_described(error)}. If it needs more, choose other sizes."
+            f"batch here (data.batch_size {run.data.batch_size} over all processes, train.micro_batch "
+            f"{run.train.micro_batch}, and what is left at the end of an epoch): {_described(error)}. If it needs "
+            "more, choose other sizes."
         ) from error
     finally:
         set_random_states(random)
@@ -282,7 +345,8 @@ def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: in
             return Dense(model)
         case Oialr():
             options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
-            del options["name"]
+            for key in ("name", "svd", "heat_rank"):  # the last two are the replica's
+                del options[key]
             method = OIALR(model, optimizer, total_steps=total, **options)
             _check_delay(section, method, total)
             return method

@@ -1,10 +1,12 @@
 """What a run ran on: recorded once an attempt, so that results can be traced and differences explained."""
 
+import hashlib
 import os
 import platform
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,8 +17,15 @@ import torch
 PACKAGES = ("hpclr", "torch", "numpy", "h5py", "msgspec", "PyYAML", "safetensors")
 
 
-def record(device: torch.device, threads: int) -> dict[str, object]:
-    """The versions, the machine and the command of this attempt, as plain values."""
+def record(device: torch.device, threads: int, processes: Sequence[str], launcher: str) -> dict[str, object]:
+    """The versions, the machine and the command of this attempt, as plain values.
+
+    Args:
+        device: of this process.
+        threads: of this process.
+        processes: the host of each process, by rank.
+        launcher: who started them.
+    """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -29,7 +38,9 @@ def record(device: torch.device, threads: int) -> dict[str, object]:
         "git_commit": _git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": threads,
-        "processes": 1,
+        "processes": len(processes),
+        "hosts": sorted(set(processes)),
+        "launcher": launcher,
     }
 
 
@@ -63,15 +74,20 @@ def _git_commit() -> str | None:
     return described.stdout.strip()
 
 
-def use_threads(wanted: int | str) -> int:
-    """Sets torch's CPU threads: a number, or "auto", the cores this process may use. Returns the number."""
-    threads = len(os.sched_getaffinity(0)) if wanted == "auto" else int(wanted)
+def use_threads(wanted: int | str, sharers: int = 1) -> int:
+    """Sets torch's CPU threads and returns their number.
+
+    Args:
+        wanted: a number; or "auto", this process's share of the cores that it may use.
+        sharers: how many processes share these cores.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // sharers) if wanted == "auto" else int(wanted)
     torch.set_num_threads(threads)
     return threads
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
+def choose_device(wanted: str, index: int = 0) -> torch.device:
+    """The device for "auto", "cpu" or "cuda"; of several CUDA devices the one with this index.
 
     Raises:
         ValueError: if CUDA is asked for and there is none.
@@ -80,7 +96,7 @@ def choose_device(wanted: str) -> torch.device:
         raise ValueError("device is cuda, but torch sees no CUDA device; use train.device=cpu or auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    return torch.device(wanted, index) if wanted == "cuda" else torch.device(wanted)
 
 
 def seed_everything(seed: int) -> None:
@@ -88,6 +104,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_of(seed: int, *place: int) -> int:
+    """A seed for a place in a run, such as (rank, step), unlike that of any other place."""
+    text = ",".join(map(str, (seed, *place))).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
 def random_states() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hpclr.config.schema import Target
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
-from hpclr.training.assembly import build_model, check_outputs, held_out
+from hpclr.training.assembly import build_model, check_outputs, data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.precision import Precision
 from hpclr.training.state import from_tree, tensors
@@ -92,7 +92,7 @@ def evaluate_checkpoint(
             "pass --trust if you know where this checkpoint comes from"
         )
     use_threads("auto")  # not as many as a file from elsewhere may name
-    dataset = open_dataset(data or Path(run.data.path))
+    dataset = open_dataset([data] if data else data_files(run))
     if split not in dataset.sizes:
         raise UsageError(f"{dataset.path} has no split '{split}'; it has {', '.join(dataset.sizes)}")
     _check_fit(dataset, loaded)

@@ -2,16 +2,19 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from hpclr.checkpoint import CheckpointStore, Tree
-from hpclr.data import Batch, Loader
+from hpclr.data import Batch, BatchStream, Loader
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
 from hpclr.lowrank import summarize
+from hpclr.parallel.digest import digest
+from hpclr.parallel.verify import require_equal
 from hpclr.training.assembly import Assembly, steps_between_validations
 from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
@@ -34,7 +37,7 @@ class Trainer:
         parts: model, data, optimiser, method, as `assemble` made them or `restore` left them.
         position: where to begin.
         directory: exists.
-        store: the run's checkpoints.
+        store: the run's checkpoints, which the first process writes.
         shown: where progress goes.
     """
 
@@ -42,10 +45,11 @@ class Trainer:
         self, parts: Assembly, position: Position, directory: RunDirectory, store: CheckpointStore, shown: Display
     ) -> None:
         self.parts, self.position, self.directory, self.store, self.shown = parts, position, directory, store, shown
-        self.metrics = MetricsFile(directory.metrics)
+        self.job, self.group = parts.job, parts.job.group
+        self.metrics = MetricsFile(directory.metrics if self.group.is_first else None)
         self.stop = StopRequests()
         self._validate_every = steps_between_validations(parts.run, len(parts.loader))
-        self.losses = LossLog(self.metrics, shown, every=1 if parts.device.type == "cpu" else 10)
+        self.losses = LossLog(self.metrics, shown, 1 if parts.device.type == "cpu" else 10, self._summed)
         self._clock = time.monotonic()
         self._saved_at: int | None = None
         self._unbounded = _buffers_not_finite(parts.model)
@@ -53,13 +57,16 @@ class Trainer:
     def train(self) -> None:
         """Trains until the last step, early stopping, or a request to stop.
 
+        All processes go through it in step: each decision follows from what all of them know.
+
         Raises:
-            StopRequestedError: after saving, if a signal asked for it.
+            StopRequestedError: after saving, if a signal to any process asked for it.
             TrainingDivergedError: if the loss is no longer finite.
             RetryableError: if a checkpoint or a record cannot be written.
+            ReplicasDifferError: if the processes' parameters are no longer equal to the bit.
         """
-        self.parts.model.train()
-        with self.stop.listening():
+        self.parts.replica.train()
+        with self.stop.listening(), self._batches() as self.batches:
             if self.position.step == 0:
                 self._save()  # a full disk or a missing permission shows now, not after an hour
             while not self._at_end():
@@ -67,11 +74,19 @@ class Trainer:
                 if self.losses.full:
                     self._settle_losses()
                 self._adapt()
+                self._verify_if_due()
                 improved = self._validate_if_due()
                 self._save_if_due(improved)
-                if self.stop.reason and not self._at_end():
+                if self.stop.agreed and not self._at_end():
                     self._leave()
             self._finish()
+
+    def _batches(self) -> BatchStream:
+        """This process's parts of the batches that are still to come."""
+        data = self.parts.run.data
+        return BatchStream(
+            self.parts.loader, self.position.step, self.parts.total_steps, workers=data.workers, prefetch=data.prefetch
+        )
 
     def _at_end(self) -> bool:
         return self.position.ended(self.parts.total_steps, self.parts.run.validation.patience)
@@ -79,31 +94,45 @@ class Trainer:
     def _take_step(self) -> None:
         """One optimiser step on one global batch."""
         parts, step = self.parts, self.position.step
-        epoch, index = divmod(step, len(parts.loader))
         rate = parts.learning_rate(step)
         set_learning_rate(parts.optimizer, rate)
-        loss = self._accumulate(parts.loader.batch(epoch, index).to(parts.device))
+        self.job.doing("reading data", step)
+        batch = next(self.batches).to(parts.device)
+        self.job.doing("computing gradients with the others", step, waiting=True)
+        loss = self._accumulate(batch)
         if parts.run.train.clip_norm is not None:
             parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
         parts.precision.step(parts.optimizer)
         parts.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
-        self.losses.add(self.position.step, loss, epoch=epoch, lr=rate)
+        self.losses.add(self.position.step, loss, epoch=step // len(parts.loader), lr=rate)
 
     def _accumulate(self, batch: Batch) -> Tensor:
-        """Gradients of a batch, in pieces that fit in memory, each weighted by its samples; the mean loss."""
+        """Gradients of a batch, in pieces that fit in memory, each weighted by its samples; its part of the loss.
+
+        The replica takes the mean of the processes' gradients; a factor of their number makes it the sum.
+        """
         parts, total = self.parts, torch.zeros((), dtype=torch.float64, device=self.parts.device)
-        for piece in batch.split(parts.run.train.micro_batch or len(batch.y)):
-            weight = len(piece.y) / len(batch.y)
-            with parts.precision.context():
-                loss: Tensor = parts.task.loss(parts.model(piece.x), piece) * weight
-            total += loss.detach()
-            parts.precision.backward(loss + parts.method.penalty() * weight)
+        pieces = list(batch.split(parts.run.train.micro_batch or len(batch.y)))
+        for number, piece in enumerate(pieces, start=1):
+            weight = batch.weight * len(piece.y) / len(batch.y)
+            with nullcontext() if number == len(pieces) else parts.replica.no_sync():
+                with parts.precision.context():
+                    loss: Tensor = parts.task.loss(parts.replica(piece.x), piece) * weight
+                total += loss.detach()
+                parts.precision.backward((loss + parts.method.penalty() * weight) * self.group.size)
         return total
+
+    def _summed(self, losses: Tensor) -> Tensor:
+        """Losses summed over the processes; the same message carries the requests to stop."""
+        summed = self.group.sum(torch.cat([losses, losses.new_tensor([self.stop.reason is not None])]))
+        self.stop.agreed |= bool(summed[-1])
+        return summed[:-1]
 
     def _adapt(self) -> None:
         """What follows an optimiser step: the method's turn, then the averages'."""
         method, checks = self.parts.method, self.parts.method.checks
+        self.job.doing("checking the ranks", self.position.step)
         method.step()
         if self.parts.ema is not None:
             self.parts.ema.update()
@@ -120,6 +149,13 @@ class Trainer:
             f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "
             f"stored {sizes.stored_share:.1%} of dense"
         )
+
+    def _verify_if_due(self) -> None:
+        """Replicas that have drifted apart are found before much is lost."""
+        every = self.parts.run.parallel.verify_every
+        if self.group.size > 1 and every is not None and self.position.step % every == 0:
+            self.job.doing("comparing parameters", self.position.step, waiting=True)
+            require_equal(self.group, {"parameters": str(digest(self.parts.model.parameters()))})
 
     def _validate_if_due(self) -> bool:
         """Validates where it is time to; returns whether the model is better than ever before."""
@@ -141,10 +177,12 @@ class Trainer:
     def _score(self, loader: Loader) -> Score:
         """A split's score, with averaged weights where the run keeps them."""
         parts = self.parts
-        if parts.ema is None:
-            return parts.task.score(parts.model, loader, parts.precision)
-        with parts.ema.applied() as model:
-            return parts.task.score(model, loader, parts.precision)
+        parts.replica.synchronise_buffers()
+        with nullcontext(parts.model) if parts.ema is None else parts.ema.applied() as model:
+            return parts.task.score(model, loader, parts.precision, self.group, self._validating)
+
+    def _validating(self) -> None:
+        self.job.doing("validating", self.position.step)
 
     def _save_if_due(self, improved: bool) -> None:
         settings = self.parts.run.checkpoint
@@ -161,10 +199,15 @@ class Trainer:
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
+        self.job.doing("saving", self.position.step)
+        self.parts.replica.synchronise_buffers()
         tree = capture(self.parts, self.position)
+        self.group.on_first(lambda: self._write(tree, best))
+        self._saved_at = self.position.step
+
+    def _write(self, tree: Tree, best: bool) -> None:
         self._require_finite(tree)
         self.store.save(self.position.step, tree, metric=self.position.best_accuracy if best else None, best=best)
-        self._saved_at = self.position.step
 
     def _settle_losses(self) -> None:
         """Writes the losses that are still on the device.
@@ -199,13 +242,17 @@ class Trainer:
     def _leave(self) -> None:
         self._save()
         raise StopRequestedError(
-            f"{self.stop.reason} received: the run is saved at step {self.position.step} of {self.parts.total_steps}; "
-            "the same command continues it"
+            f"{self.stop.reason or 'a signal to another process'} received: the run is saved at step "
+            f"{self.position.step} of {self.parts.total_steps}; the same command continues it"
         )
 
     def _finish(self) -> None:
         """The test score and the summary, after the last checkpoint."""
-        summary = summary_of(self.parts, self.position, self._score(self.parts.test))
+        score = self._score(self.parts.test)
+        self.group.on_first(lambda: self._summarise(score))
+
+    def _summarise(self, score: Score) -> None:
+        summary = summary_of(self.parts, self.position, score)
         self.metrics.append("final", self.position.step, **summary)
         with writing(self.directory.path):
             write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))

@@ -1,7 +1,7 @@
 """metrics.jsonl: one line a record, rewound to the checkpoint when a run continues."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ class MetricsFile:
     """Appends records; a record has a `kind` and the `step` after which it was taken.
 
     Args:
-        path: the file; made when the first record comes.
+        path: the file; made when the first record comes. None, as on all processes but the first: nothing is recorded.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def append(self, kind: str, step: int, **values: Any) -> None:
@@ -30,6 +30,8 @@ class MetricsFile:
         Raises:
             HpclrError: as `writing`.
         """
+        if self._path is None:
+            return
         with writing(self._path.parent), self._path.open("ab") as file:
             file.write(_line({"kind": kind, "step": step, **values}))
 
@@ -39,7 +41,7 @@ class MetricsFile:
         Raises:
             HpclrError: as `writing`.
         """
-        if not self._path.exists():
+        if self._path is None or not self._path.exists():
             return
         with writing(self._path.parent):
             kept = [
@@ -55,14 +57,15 @@ class LossLog:
         metrics: where they are recorded.
         shown: where they are shown.
         every: how many to gather; 1 on a CPU, where fetching costs nothing.
+        total: sums over all processes what each has of the losses (n,).
     """
 
-    def __init__(self, metrics: MetricsFile, shown: Display, every: int) -> None:
-        self._metrics, self._shown, self._every = metrics, shown, every
+    def __init__(self, metrics: MetricsFile, shown: Display, every: int, total: Callable[[Tensor], Tensor]) -> None:
+        self._metrics, self._shown, self._every, self._total = metrics, shown, every, total
         self._waiting: list[tuple[int, Tensor, dict[str, Any]]] = []
 
     def add(self, step: int, loss: Tensor, **values: Any) -> None:
-        """Takes the loss of a step, a tensor without dimensions."""
+        """Takes the loss of a step, or this process's part of it: a tensor without dimensions."""
         self._waiting.append((step, loss, values))
 
     @property
@@ -74,7 +77,7 @@ class LossLog:
         """Records and shows what is waiting; returns the first step whose loss is not finite, and that loss."""
         if not self._waiting:
             return None
-        losses = torch.stack([loss for _, loss, _ in self._waiting]).tolist()
+        losses = self._total(torch.stack([loss for _, loss, _ in self._waiting])).tolist()
         entries, self._waiting = self._waiting, []
         for (step, _, values), loss in zip(entries, losses, strict=True):
             self._metrics.append("train", step, loss=loss, **values)

@@ -84,6 +84,16 @@ class Lines(Display):
         say(f"{self._name}: {text}")
 
 
+class Nothing(Display):
+    """For the processes that do not speak."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+
 def display(name: str, total: int, start: int) -> Display:
     """The display that fits where standard error goes."""
     return Bar(name, total, start) if Unfailing(sys.stderr).isatty() else Lines(name, total, start)

@@ -1,68 +1,108 @@
 """`hpclr train`: from a run file to a finished run, or on from where it stopped."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
-from hpclr.checkpoint import CheckpointStore, Loaded
+from hpclr.checkpoint import CheckpointStore, Loaded, load_file
 from hpclr.config import RunFile, load_run_file
+from hpclr.data import Order
 from hpclr.errors import UsageError
 from hpclr.output import say
+from hpclr.parallel.layout import ALONE, Layout
 from hpclr.training.assembly import Assembly, assemble
+from hpclr.training.job import assembled
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
-from hpclr.training.progress import display
+from hpclr.training.progress import Display, Nothing, display
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.state import Position, from_tree, position_of, restore
 
 
-def train(run: RunFile, runs: Path, *, fresh: bool = False) -> RunDirectory:
-    """Trains a run, or continues it, in `runs/NAME`.
+def train(run: RunFile, runs: Path, *, fresh: bool = False, layout: Layout = ALONE) -> RunDirectory:
+    """Trains a run, or continues it, in `runs/NAME`; one process, or one of many that all call this.
 
     Args:
         run: the run file.
         runs: the directory that holds runs.
         fresh: start over; a run that is there already is set aside, not overwritten.
+        layout: which process of how many this is.
 
     Raises:
         UsageError: for anything wrong with the run file, the data or the directory; nothing has been written then.
-        HpclrError: as `Trainer.train`.
+        HpclrError: as `Trainer.train`; and if another process has failed.
     """
     directory = RunDirectory(runs / run.name)
     if fresh:
         directory.check_place()
     else:
         directory.check(run)
-    parts = assemble(run)
-    if fresh and directory.exists:
-        _set_aside(directory)
-    with directory.locked():
-        directory.check(run)  # once more: another process may have been here while the parts were made
-        _train_locked(parts, directory)
+    with assembled(run, directory, layout) as job:
+        parts = assemble(run, job)
+        with ExitStack() as held:
+            job.group.on_first(lambda: _take(held, directory, run, fresh))
+            _train_locked(parts, directory)
     return directory
 
 
-def _set_aside(directory: RunDirectory) -> None:
-    with directory.locked():  # not from under a process that is training in it
-        old = directory.set_aside()
-    say(f"the run that was in {directory.path} is now in {old}")
+def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool) -> None:
+    """Locks the directory, for as long as `held` lasts."""
+    if fresh and directory.exists:
+        with directory.locked():  # not from under a process that is training in it
+            old = directory.set_aside()
+        say(f"the run that was in {directory.path} is now in {old}")
+    held.enter_context(directory.locked())
+    directory.check(run)  # once more: another process may have been here while the parts were made
 
 
 def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
-    store = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep)
-    store.sweep()
-    saved = store.load_newest()
-    if saved is not None and _is_finished(saved, parts) and directory.summary.exists():
-        say(f"{directory.path}: this run is finished (step {saved.step}); --fresh starts it over")
+    store, group = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep), parts.job.group
+    first = _FirstLook(parts, directory, store)
+    finished, step = group.on_first(first.look)
+    if finished:
         return
-    if saved is None and _is_finished_without_checkpoints(parts.run, directory):
-        say(f"{directory.path}: this run is finished, but its checkpoints are gone; --fresh starts it over")
-        return
-    position = _resume(parts, saved, directory) if saved is not None else Position()
+    with parts.job.attempt(directory, parts.run.parallel.timeout):
+        position = Position()
+        if step is not None:
+            parts.job.doing("loading a checkpoint", step)
+            position = group.together(lambda: _resume(parts, first.saved or load_file(store.path(step)), directory))
+        group.on_first(lambda: _begin_records(parts, directory, position))
+        with _display(parts, position) as shown:
+            if step is not None:
+                shown.note(f"continuing from step {position.step} ({store.path(step).name})")
+            Trainer(parts, position, directory, store, shown).train()
+
+
+class _FirstLook:
+    """What the first process finds in the run directory, by which all go on."""
+
+    def __init__(self, parts: Assembly, directory: RunDirectory, store: CheckpointStore) -> None:
+        self._parts, self._directory, self._store = parts, directory, store
+        self.saved: Loaded | None = None
+
+    def look(self) -> tuple[bool, int | None]:
+        """Whether the run is finished, and the step of the checkpoint to continue from."""
+        self._store.sweep()
+        self.saved = self._store.load_newest()
+        if self.saved is None:
+            finished = _is_finished_without_checkpoints(self._parts.run, self._directory)
+            what = ", but its checkpoints are gone"
+        else:
+            finished = _is_finished(self.saved, self._parts) and self._directory.summary.exists()
+            what = f" (step {self.saved.step})"
+        if finished:
+            say(f"{self._directory.path}: this run is finished{what}; --fresh starts it over")
+        return finished, None if self.saved is None else self.saved.step
+
+
+def _begin_records(parts: Assembly, directory: RunDirectory, position: Position) -> None:
     directory.create(parts.run, parts.environment)
     MetricsFile(directory.metrics).rewind(position.step)
-    with display(parts.run.name, parts.total_steps, position.step) as shown:
-        if saved is not None:
-            shown.note(f"continuing from step {position.step} ({saved.path.name})")
-        Trainer(parts, position, directory, store, shown).train()
+
+
+def _display(parts: Assembly, position: Position) -> Display:
+    if not parts.job.group.is_first:
+        return Nothing()
+    return display(parts.run.name, parts.total_steps, position.step)
 
 
 def _is_finished(saved: Loaded, parts: Assembly) -> bool:
@@ -100,7 +140,8 @@ def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position
             f"{directory.path} was trained on data with digest {data['digest'][:12]}…, but {parts.run.data.path} has "
             f"{parts.dataset.digest[:12]}…; give the run its data back, or start over with --fresh"
         )
-    warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.threads)
+    warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.job.threads)
+    parts.loader.order = Order(**from_tree(saved.tree["sampler"])["order"])
     try:
         return restore(parts, saved.tree)
     except (ValueError, RuntimeError, KeyError) as error:  # code behind a `target:` may have changed

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from hpclr.checkpoint import Json, Tree
 from hpclr.config import dump
+from hpclr.data import Order
+from hpclr.parallel.group import Group
 from hpclr.training.assembly import Assembly
-from hpclr.training.environment import random_states, set_random_states
+from hpclr.training.environment import random_states, seed_everything, seed_of, set_random_states
 
 
 @dataclass
@@ -37,8 +39,8 @@ def capture(parts: Assembly, position: Position) -> Tree:
         "model": dict(parts.model.state_dict()),
         "optimizer": _optimizer_state(parts.model, parts.optimizer),
         "method": _to_tree({"name": parts.run.method.name, "state": parts.method.state_dict()}),
-        "sampler": Json({"step": position.step, "seed": parts.run.train.seed}),
-        "random": _to_tree(random_states()),
+        "sampler": Json({"step": position.step, "seed": parts.run.train.seed, "order": asdict(_order(parts))}),
+        "random": _random_of_all(parts.job.group),
         "ema": _to_tree(parts.ema.state_dict() if parts.ema else {}),
         "scaler": Json(parts.precision.state_dict()),
         "position": Json(asdict(position)),
@@ -46,6 +48,40 @@ def capture(parts: Assembly, position: Position) -> Tree:
         "data": Json(_data_facts(parts)),
         "environment": Json(parts.environment),
     }
+
+
+def _random_of_all(group: Group) -> Tree:
+    """The states of every process's generators, on the first process; collective."""
+    states = _to_tree(random_states())
+    gathered = {_process(0): states}
+    plain = {name: item.value for name, item in states.items() if isinstance(item, Json)}
+    for rank in range(1, group.size):
+        received = group.move([plain, list(tensors(states))], list(tensors(states).values()), rank, 0)
+        if received is not None:
+            (values, names), contents = received
+            gathered[_process(rank)] = {name: Json(value) for name, value in values.items()} | dict(
+                zip(names, contents, strict=True)
+            )
+    return gathered
+
+
+def _process(rank: int) -> str:
+    return f"rank-{rank:04d}"
+
+
+def _restore_random(parts: Assembly, saved: Mapping[str, Any], step: int) -> None:
+    """Each process goes on with its own states; where their number has changed, with new ones of seed and step."""
+    group = parts.job.group
+    if len(saved) == group.size:
+        set_random_states(saved[_process(group.rank)])
+    else:
+        seed_everything(seed_of(parts.run.train.seed, group.rank, step))
+
+
+def _order(parts: Assembly) -> Order:
+    order = parts.loader.order
+    assert order is not None  # training samples are always shuffled
+    return order
 
 
 def _data_facts(parts: Assembly) -> dict[str, Any]:
@@ -78,8 +114,9 @@ def restore(parts: Assembly, tree: Tree) -> Position:
     if parts.ema is not None:
         parts.ema.load_state_dict(from_tree(tree["ema"]))
     parts.precision.load_state_dict(from_tree(tree["scaler"]))
-    set_random_states(from_tree(tree["random"]))
-    return position_of(tree)
+    position = position_of(tree)
+    _restore_random(parts, from_tree(tree["random"]), position.step)
+    return position
 
 
 def position_of(tree: Tree) -> Position:

@@ -12,7 +12,8 @@ class StopRequests:
     """Remembers that somebody asked the run to stop."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason: str | None = None  # of a request to this process
+        self.agreed = False  # all processes know of a request to one of them
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What a model is trained for: its loss and its metrics."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpclr.data import Batch, Loader
+from hpclr.parallel.group import Group
 from hpclr.training.precision import Precision
 
 
@@ -38,19 +40,35 @@ class Classification:
         return both
 
     @torch.no_grad()
-    def score(self, model: nn.Module, loader: Loader, precision: Precision) -> Score:
-        """Evaluates a whole split in evaluation mode; the model's mode comes back at the end."""
+    def score(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        precision: Precision,
+        group: Group | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Score:
+        """Evaluates a whole split in evaluation mode; the model's mode comes back at the end.
+
+        Args:
+            model: the same on all processes.
+            loader: gives whole batches.
+            precision: the arithmetic.
+            group: processes that share out the batches in turns; None: this one takes all.
+            progress: called after each batch.
+        """
+        group = group or Group()
         was_training = model.training
         model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=precision.device)
-        correct = torch.zeros((), dtype=torch.int64, device=precision.device)
-        samples = 0
-        for index in range(len(loader)):
+        sums = torch.zeros(3, dtype=torch.float64, device=precision.device)  # loss, correct, samples
+        for index in range(group.rank, len(loader), group.size):
             batch = loader.batch(0, index).to(precision.device)
             with precision.context():
                 outputs = model(batch.x)
-            loss += F.cross_entropy(outputs.double(), batch.y, reduction="sum")
-            correct += (outputs.argmax(1) == batch.y).sum()
-            samples += len(batch.y)
+            sums[0] += F.cross_entropy(outputs.double(), batch.y, reduction="sum")
+            sums[1] += (outputs.argmax(1) == batch.y).sum()
+            sums[2] += len(batch.y)
+            progress()
         model.train(was_training)
-        return Score(float(loss) / samples, int(correct) / samples, samples)
+        loss, correct, samples = group.sum(sums).tolist()
+        return Score(loss / samples, correct / samples, int(samples))

@@ -1,5 +1,9 @@
+import errno
 import hashlib
 import json
+import platform
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -148,7 +152,7 @@ def test_a_label_without_a_class_is_found(path, label):
 
 
 def test_a_fault_behind_the_first_block_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpclr.data.dataset.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hpclr.data.file.BLOCK_BYTES", 1000)
     path = write_by_hand(tmp_path / "data.h5", dtype="float32")
     with h5py.File(path, "a") as file:
         file["train/x"][49, 0, 0, 0] = np.nan
@@ -195,3 +199,45 @@ def test_a_forecasting_file_with_too_few_names_is_refused(tmp_path):
         file["mean"], file["std"] = np.zeros(2), np.ones(2)
         file["columns"] = np.frombuffer(json.dumps(["load"]).encode(), dtype=np.uint8)
     assert "/columns has 1 names, /train/series has 2 columns" in refusal(tmp_path / "s.h5")
+
+
+REFUSE_LOCKS = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None)
+# seccomp: the system call flock (73) fails with the given number, all others work
+program = b"".join(struct.pack("HBBI", *step) for step in
+                   [(0x20, 0, 0, 0), (0x15, 0, 1, 73), (6, 0, 0, 0x50000 | int(sys.argv[1])), (6, 0, 0, 0x7FFF0000)])
+buffer = ctypes.create_string_buffer(program)
+class Filter(ctypes.Structure):
+    _fields_ = [("steps", ctypes.c_ushort), ("program", ctypes.c_void_p)]
+libc.prctl(38, 1, 0, 0, 0)
+if libc.prctl(22, 2, ctypes.byref(Filter(4, ctypes.addressof(buffer)))):
+    sys.exit(77)
+from hpclr.data import open_dataset
+print(open_dataset(sys.argv[2]).sizes["train"])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter is for x86-64")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_locks_is_read_without(path, number):
+    done = subprocess.run([sys.executable, "-c", REFUSE_LOCKS, str(number), path], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("filters on system calls are not allowed here")
+    assert done.stdout == "50\n", done.stderr
+
+
+def test_a_file_that_is_being_written_is_refused(path):
+    hold = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print(flush=True); sys.stdin.read()"
+    writer = subprocess.Popen([sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    writer.stdout.readline()
+    assert "another program has the file open for writing" in refusal(path)
+    writer.communicate()
+    open_dataset(path).close()
+
+
+def test_many_open_a_file_at_once(path):
+    with open_dataset(path), open_dataset(path) as second:
+        script = "import sys; from hpclr.data import open_dataset; open_dataset(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", script, path], check=True)
+        assert second.sizes["train"] == 50

@@ -1,9 +1,13 @@
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpclr.data import sample_order
+from hpclr.data import Order, sample_order
+from hpclr.data.order import Bijection
 
 
 def whole(seed, epoch, n):
@@ -75,3 +79,116 @@ def test_bad_positions_are_refused_with_their_numbers():
         sample_order(0, 0, np.array([3, 10]), 10)
     with pytest.raises(ValueError, match="n = 0"):
         sample_order(0, 0, np.array([], dtype=np.int64), 0)
+
+
+# --- orders of kind "chunks"
+
+SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=4).filter(sum)
+CHUNKED = st.builds(Order, st.just("chunks"), st.integers(1, 70), st.integers(1, 9))
+
+
+def all_of(order, sizes, seed=0, epoch=0):
+    return order.samples(seed, epoch, np.arange(sum(sizes)), sizes)
+
+
+@given(CHUNKED, SIZES, st.integers(0, 2**64 - 1), st.integers(0, 99))
+def test_each_sample_comes_once_in_chunks_too(order, sizes, seed, epoch):
+    assert np.array_equal(np.sort(all_of(order, sizes, seed, epoch)), np.arange(sum(sizes)))
+
+
+@given(CHUNKED, SIZES, st.data())
+def test_a_position_alone_and_a_batch_agree_with_the_whole(order, sizes, data):
+    n = sum(sizes)
+    first = data.draw(st.integers(0, n - 1))
+    last = data.draw(st.integers(first + 1, n))
+    whole = all_of(order, sizes)
+    assert order.samples(0, 0, np.array([first]), sizes)[0] == whole[first]
+    batch = order.batch(0, 0, np.arange(first, last), sizes)
+    assert sorted(batch) == sorted(whole[first:last])
+
+
+@given(CHUNKED, SIZES)
+def test_windows_are_made_of_whole_chunks(order, sizes):
+    offsets = np.cumsum([0, *sizes])
+    file = np.searchsorted(offsets, samples := all_of(order, sizes), side="right") - 1
+    chunks = list(zip(file, (samples - offsets[file]) // order.chunk, strict=True))
+    lengths = {chunk: chunks.count(chunk) for chunk in chunks}
+    seen, position = set(), 0
+    while position < len(chunks):  # as many chunks as a window has must end where its samples end
+        window, count = set(), 0
+        while count < len(chunks) - position and not (
+            sum(lengths[chunk] for chunk in window) == count and len(window) == order.window
+        ):
+            window.add(chunks[position + count])
+            count += 1
+        assert len(window) <= order.window
+        assert not window & seen
+        seen |= window
+        position += count
+
+
+def test_a_batch_is_sorted_by_place_in_its_windows():
+    order, sizes = Order("chunks", 10, 8), [1000]
+    for first in (0, 40, 64):  # the last two lie in two windows
+        batch = order.batch(0, 0, np.arange(first, first + 40), sizes)
+        runs = np.flatnonzero(np.diff(batch // 10)) + 1
+        for chunk in np.split(batch, runs):
+            assert np.array_equal(chunk, np.sort(chunk))
+        assert len(runs) < 24  # unsorted it would be about 35
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    order, sizes = Order("chunks", 16, 4), [5000]
+    orders = [all_of(order, sizes, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[i] == orders[j]).sum() < 12
+        firsts = [orders[k][:64] // 16 for k in (i, j)]
+        assert len(set(firsts[0]) & set(firsts[1])) <= 2  # other chunks in the first window
+
+
+def test_all_orders_of_four_come_up_equally_often():
+    count = 3000
+    _, counts = np.unique(
+        [Bijection(number, 4).images(np.arange(4)) for number in range(count)], axis=0, return_counts=True
+    )
+    assert len(counts) == 24
+    assert ((counts - count / 24) ** 2 / (count / 24)).sum() < 23 + 4 * np.sqrt(46)
+
+
+def test_a_trillion_samples_cost_what_a_thousand_cost():
+    order, sizes = Order("chunks", 340, 64), [10**12 + 17, 5, 3 * 10**11]
+    positions = np.concatenate([np.arange(300), 10**12 - np.arange(300), sum(sizes) - 1 - np.arange(300)])
+    samples = order.samples(0, 0, positions, sizes)
+    assert len(np.unique(samples)) == 900
+    assert samples.min() >= 0
+    assert samples.max() < sum(sizes)
+
+
+def test_the_order_of_chunks_never_changes_between_versions():
+    order = Order("chunks", 3, 2)
+    assert all_of(order, [10]).tolist() == [2, 0, 3, 5, 4, 1, 7, 6, 8, 9]
+    assert order.samples(7, 3, np.array([0, 1, 999_999_999]), [10**9]).tolist() == [483933182, 707174351, 341208296]
+
+
+@given(st.integers(1, 10**6), st.integers(0, 2**64 - 1), st.data())
+def test_the_bijection_can_be_undone(n, key, data):
+    bijection = Bijection(key, n)
+    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9)))
+    assert np.array_equal(bijection.positions(bijection.images(positions)), positions)
+
+
+@pytest.mark.parametrize("order", [Order(), Order("chunks", 85, 64)])
+def test_an_order_survives_json(order):
+    assert Order(**json.loads(json.dumps(asdict(order)))) == order
+
+
+@pytest.mark.parametrize(("kind", "chunk", "window"), [("rows", 1, 1), ("chunks", 0, 1), ("chunks", 1, 2.0)])
+def test_what_makes_no_order_is_refused(kind, chunk, window):
+    with pytest.raises(ValueError, match=r"of an order: expected .*found"):
+        Order(kind, chunk, window)
+
+
+@pytest.mark.parametrize(("positions", "sizes"), [([10], [10]), ([-1], [10]), ([0], [0])])
+def test_an_order_refuses_positions_that_are_not_there(positions, sizes):
+    with pytest.raises(ValueError, match="found"):
+        Order("chunks", 3, 2).samples(0, 0, np.array(positions), sizes)

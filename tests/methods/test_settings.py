@@ -119,7 +119,7 @@ def one_process_group(tmp_path, monkeypatch):
 def test_a_model_in_data_parallel_is_refused_compiled_or_not():
     model = mlp([8, 8, 8])
     for wrapped in (nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
-        with pytest.raises(TypeError, match=r"wrapped in DataParallel, which fixes.*unwrapped"):
+        with pytest.raises(TypeError, match=r"wrapped in DataParallel, which fixes.*Replica\(model\)"):
             make(wrapped)
 
 

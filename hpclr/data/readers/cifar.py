@@ -1,7 +1,9 @@
 """CIFAR-10, in its binary version (data_batch_1.bin …) and its python version (data_batch_1 …)."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +18,14 @@ _RECORD = 1 + _PIXELS  # a label, then the red, green and blue planes
 _CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _SUBFOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
 
-BatchReader = Callable[[Path], Iterator[Block]]
-Count = Callable[[Path], int]
+
+class _Version(NamedTuple):
+    """How the files of one version are read."""
+
+    suffix: str
+    count: Callable[[Path], int]  # samples in a file
+    block: Callable[[Path, int], Block]  # of a file, from a sample on
+    rows: int  # samples in a block
 
 
 def read(folder: Path) -> Source:
@@ -29,30 +37,30 @@ def read(folder: Path) -> Source:
     check_folder(folder, "CIFAR-10's data_batch_1.bin … or data_batch_1 …")
     for inner in (folder / name for name in _SUBFOLDERS):
         if list(inner.glob("data_batch_*.bin")):
-            return _source(inner, ".bin", _count_binary, _read_binary)
+            return _source(inner, _Version(".bin", _count_binary, _read_binary, BLOCK_BYTES // _RECORD))
         if list(inner.glob("data_batch_*")):
-            return _source(inner, "", _count_pickled, _read_pickled)
+            return _source(inner, _Version("", _count_pickled, _read_pickled, sys.maxsize))
     raise UsageError(
         f"{folder}: expected data_batch_1.bin … and test_batch.bin (binary version) or data_batch_1 … and test_batch "
         "(python version), found neither. Unpack the archive and name the folder that it makes."
     )
 
 
-def _source(folder: Path, suffix: str, count: Count, batches: BatchReader) -> Source:
-    train = [folder / f"data_batch_{number}{suffix}" for number in range(1, 6)]
-    parts = {
-        "train": _part(train, count, batches),
-        "test": _part([folder / f"test_batch{suffix}"], count, batches),
-    }
+def _source(folder: Path, version: _Version) -> Source:
+    train = [folder / f"data_batch_{number}{version.suffix}" for number in range(1, 6)]
+    parts = {"train": _part(train, version), "test": _part([folder / f"test_batch{version.suffix}"], version)}
     return Source("classification", _CLASSES, _SHAPE, "uint8", parts)
 
 
-def _part(files: list[Path], count: Count, batches: BatchReader) -> Part:
-    def blocks() -> Iterator[Block]:
-        for file in files:
-            yield from batches(file)
+def _part(files: list[Path], version: _Version) -> Part:
+    counts = {file: version.count(file) for file in files}
+    places = [(file, first) for file in files for first in range(0, counts[file], version.rows)]
 
-    return Part(sum(count(file) for file in files), blocks)
+    def every(block: int, step: int) -> Iterator[Block]:
+        for file, first in places[block::step]:
+            yield version.block(file, first)
+
+    return Part.divisible(sum(counts.values()), every)
 
 
 def _count_binary(path: Path) -> int:
@@ -66,23 +74,20 @@ def _count_binary(path: Path) -> int:
     return size // _RECORD
 
 
-def _read_binary(path: Path) -> Iterator[Block]:
-    rows = BLOCK_BYTES // _RECORD
+def _read_binary(path: Path, first: int) -> Block:
     with path.open("rb") as file:
-        first = 0
-        while content := file.read(rows * _RECORD):
-            records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _RECORD)
-            yield labelled(records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].astype(np.int64), path, first)
-            first += len(records)
+        file.seek(first * _RECORD)
+        content = file.read(BLOCK_BYTES // _RECORD * _RECORD)
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _RECORD)
+    return labelled(records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].astype(np.int64), path, first)
 
 
 def _count_pickled(path: Path) -> int:
     return len(_unpickle(path)[1])
 
 
-def _read_pickled(path: Path) -> Iterator[Block]:
-    x, y = _unpickle(path)
-    yield labelled(x, y, path, 0)
+def _read_pickled(path: Path, first: int) -> Block:
+    return labelled(*_unpickle(path), path, first)
 
 
 def _unpickle(path: Path) -> tuple[Array, Array]:

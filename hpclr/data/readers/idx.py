@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -107,12 +108,15 @@ def _check_same_size(images: dict[str, Path], shapes: dict[str, tuple[int, ...]]
 def _part(path: Path, shape: tuple[int, ...], labels: Array) -> Part:
     rows, sample = rows_in(BLOCK_BYTES, shape[1:], 1), shape[1:]
 
-    def blocks() -> Iterator[Block]:
+    def every(block: int, step: int) -> Iterator[Block]:
         with open_binary(path) as file:
             _header(file, path, len(shape))
-            for first in range(0, shape[0], rows):
+            start, size = file.tell(), int(np.prod(sample))
+            for first in range(block * rows, shape[0], step * rows):
                 y = labels[first : first + rows]
-                content = _exactly(file, len(y) * int(np.prod(sample)), path)
+                file.seek(start + first * size)
+                content = _exactly(file, len(y) * size, path)
                 yield labelled(np.frombuffer(content, dtype=np.uint8).reshape(-1, 1, *sample), y, path, first)
 
-    return Part(shape[0], blocks)
+    # unpacking is all the work there is with a compressed file, and every process would do all of it
+    return Part(shape[0], partial(every, 0, 1)) if path.suffix == ".gz" else Part.divisible(shape[0], every)

@@ -122,13 +122,13 @@ def _shape_of(path: Path) -> tuple[int, ...]:
 def _part(pictures: list[_Picture], image_size: int | None, shape: tuple[int, ...], root: Path) -> Part:
     rows = rows_in(BLOCK_BYTES, shape, 1)
 
-    def blocks() -> Iterator[Block]:
-        for first in range(0, len(pictures), rows):
+    def every(block: int, step: int) -> Iterator[Block]:
+        for first in range(block * rows, len(pictures), step * rows):
             some = pictures[first : first + rows]
             x = np.stack([_fitting(picture.path, image_size, shape) for picture in some])
             yield labelled(x, np.array([picture.label for picture in some], dtype=np.int64), root, first)
 
-    return Part(len(pictures), blocks)
+    return Part.divisible(len(pictures), every)
 
 
 def _fitting(path: Path, image_size: int | None, shape: tuple[int, ...]) -> Array:

@@ -1,0 +1,154 @@
+"""Data parallelism: torch's own DistributedDataParallel around a model whose parameters change shape."""
+
+import gc
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpclr.methods.placement import Here, Placement
+from hpclr.parallel.group import Group
+from hpclr.parallel.placement import AllTogether, Rank0, Spread
+
+Svd = Literal["rank0", "spread", "heat"]
+
+# the option's name in this torch
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+class Replica(nn.Module):
+    """A model of which every process holds a copy; gradients are averaged over the processes.
+
+        replica = Replica(model)
+        oialr = OIALR(replica, optimizer, delay=1000, every=500)
+        ...
+        loss = criterion(replica(x), y)
+        loss.backward()
+        optimizer.step()
+
+    DistributedDataParallel fixes the shapes of parameters when it is made, so it is made anew when they have changed.
+    Frozen factors take no part in it: what is reduced is Σ and whatever else is trained. Without a process
+    group this is the model itself, so that one script serves one process and many. Everything but the forward
+    pass is the model's own: `replica.module`.
+
+    Args:
+        module: the model, on this process's device; all processes begin with the parameters and buffers of the first.
+        svd: who decomposes the layers at a check: "rank0", the first process; "spread", all of them, each its share by
+            cost (`method.state_dict()` is then collective); "heat", all together on every dense layer (approximate).
+        heat_rank: for "heat", the share of a layer's smaller side that is found.
+        broadcast_buffers: whether buffers, such as running statistics, are those of the first process in each forward.
+        unused_parameters: look in every step for parameters that the loss does not depend on.
+
+    Attributes:
+        module: the model.
+        placement: what a method needs to know of the other processes.
+
+    Raises:
+        TypeError: for a model that is wrapped already.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        svd: Svd = "rank0",
+        heat_rank: float = 0.5,
+        broadcast_buffers: bool = True,
+        unused_parameters: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel, Replica)):
+            raise TypeError(
+                f"the model is already wrapped in {type(module).__name__}; Replica(model) takes its place: pass the "
+                "module inside"
+            )
+        self.module = module
+        self.group = Group()
+        self.placement = _placement(self.group, svd, heat_rank)
+        self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": unused_parameters}
+        self._synchronise = True
+        self._ddp: tuple[DistributedDataParallel] | None = None  # in a tuple: no submodule of this one
+        self._reduced: list[nn.Parameter] = []
+        self._shapes: list[torch.Size] = []
+        self.synchronise(module.state_dict(keep_vars=True).values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass; in training, the backward pass averages the gradients over all processes."""
+        if self.group.size == 1 or not (self.training and torch.is_grad_enabled()):
+            return self.module(*args, **kwargs)
+        ddp = self._current()
+        if self._synchronise:
+            return ddp(*args, **kwargs)
+        with ddp.no_sync():
+            return ddp(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forward and backward passes in the block only accumulate gradients here, as DDP's `no_sync`."""
+        before, self._synchronise = self._synchronise, False
+        try:
+            yield
+        finally:
+            self._synchronise = before
+
+    def synchronise(self, tensors: Any) -> None:
+        """Gives all processes the first one's contents of these tensors, which must be the same ones everywhere."""
+        if self.group.size == 1:
+            return
+        mine = [t.detach() for t in tensors if isinstance(t, Tensor)]
+        _, first = self.group.broadcast([list(t.shape) for t in mine], mine)
+        with torch.no_grad():
+            for tensor, content in zip(mine, first, strict=True):
+                tensor.copy_(content)
+
+    def synchronise_buffers(self) -> None:
+        """Gives all processes the first one's buffers, such as running statistics."""
+        self.synchronise(self.module.buffers())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that every step reduces over the processes."""
+        return sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+
+    def _current(self) -> DistributedDataParallel:
+        """DDP for the shapes that the parameters have now."""
+        if self._ddp is None or [p.shape for p in self._reduced] != self._shapes:
+            self.renew()
+            self._reduced = [p for p in self.module.parameters() if p.requires_grad]
+            self._shapes = [p.shape for p in self._reduced]
+            ddp = DistributedDataParallel(
+                self.module,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                **self._options,  # type: ignore[arg-type]
+            )
+            self._ddp = (ddp,)
+        return self._ddp[0]
+
+    def renew(self) -> None:
+        """Lets go of DDP, of its hooks and its buckets, as large as the gradients; the next step has a new one.
+
+        Happens by itself when parameters have changed their shapes; to be called where others have begun or
+        ceased to require gradients.
+        """
+        if self._ddp is not None:
+            self._ddp = None
+            gc.collect()
+
+
+def _placement(group: Group, svd: Svd, heat_rank: float) -> Placement:
+    if svd not in ("rank0", "spread", "heat"):
+        raise ValueError(f"svd must be 'rank0', 'spread' or 'heat', found {svd!r}")
+    if svd == "heat":
+        return AllTogether(group, heat_rank)
+    if group.size == 1:
+        return Here()
+    return Spread(group) if svd == "spread" else Rank0(group)

@@ -1,0 +1,57 @@
+"""Replicas that train together: the same as one process, equal among themselves, and little on the wire."""
+
+import functools
+
+import pytest
+import torch
+from together import together
+
+
+@functools.cache
+def run(processes, way, optimizer="sgd"):
+    return together(processes, "oialr_loop.py", way, optimizer)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("way", ["rank0", "spread"])
+def test_many_processes_train_as_one(processes, way):
+    [alone] = run(1, "rank0")
+    for replica in run(processes, way):
+        assert replica["ranks"] == alone["ranks"]
+        difference = torch.tensor(replica["weights"]) - torch.tensor(alone["weights"])
+        assert difference.norm() < 1e-6
+    assert len(alone["ranks"]) == 6
+    assert alone["ranks"][-1] != alone["ranks"][0]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("way", ["rank0", "spread"])
+def test_replicas_are_equal_to_the_bit(processes, way):
+    replicas = run(processes, way)
+    assert len({replica["digest"] for replica in replicas}) == 1
+    assert len({replica["moments"] for replica in replicas}) == 1
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_spread_gives_what_rank0_gives_to_the_bit(processes):
+    for spread, rank0 in zip(run(processes, "spread"), run(processes, "rank0"), strict=True):
+        assert {**spread, "weights": None} == {**rank0, "weights": None}
+        assert spread["weights"] == rank0["weights"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw"])
+def test_other_optimisers_follow(optimizer):
+    [alone] = run(1, "rank0", optimizer)
+    replicas = run(2, "spread", optimizer)
+    assert len({replica["moments"] for replica in replicas}) == 1
+    assert replicas[0]["ranks"] == alone["ranks"]
+    assert (torch.tensor(replicas[0]["weights"]) - torch.tensor(alone["weights"])).norm() < 1e-6
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_only_what_is_trained_goes_over_the_wire(processes):
+    for replica in run(processes, "rank0"):
+        ranks = replica["ranks"][-1]
+        sigmas = sum(k * k for k in ranks.values())
+        rest = (32 + 32 + 24 + 5) + 24 * 5  # the biases, and the head
+        assert replica["counted"] == 8 * (sigmas + rest) == replica["trained"]
