@@ -12,9 +12,14 @@ EXIT_REQUEUE = 85
 
 
 class HpclrError(Exception):
-    """A fault that ends the command with `exit_code` and a one-paragraph message."""
+    """A fault that ends the command with `exit_code` and a one-paragraph message.
+
+    Attributes:
+        shared: the first of several processes raises it too, and reports it for all.
+    """
 
     exit_code = EXIT_ERROR
+    shared = False
 
 
 class UsageError(HpclrError):

@@ -1,7 +1,9 @@
 """The command line: `hpclr COMMAND`. Commands are loaded when they are called, so that help is instant."""
 
 import importlib
+import os
 import sys
+import time
 import traceback
 import warnings
 from typing import NoReturn
@@ -20,6 +22,10 @@ COMMANDS = {
     "summary": ("hpclr.cli.summary:summary", "Compare finished runs in a table."),
     "data": ("hpclr.cli.data:data", "Prepare and inspect datasets."),
 }
+
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+_MOMENT = 1.0  # seconds
 
 
 class LazyGroup(click.Group):
@@ -72,9 +78,29 @@ def _warning(message: Warning | str, *where: object, **more: object) -> str:
 
 
 def _report(error: Exception, code: int, debug: bool) -> NoReturn:
-    if debug:
-        say(printable("".join(traceback.format_exception(error))))
     kind = "" if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: "
     hint = "" if debug or isinstance(error, HpclrError) else " (hpclr --debug … shows where)"
-    say(printable(f"hpclr: {kind}{error}{hint}"))
+    if debug:
+        say(printable("".join(traceback.format_exception(error))))
+    if _is_mine_to_say(error, code):
+        say(printable(f"hpclr: {kind}{error}{hint}"))
     sys.exit(code)
+
+
+def _is_mine_to_say(error: Exception, code: int) -> bool:
+    """Whether no other process of the same start has said it, or will.
+
+    Before processes have met they make the same mistakes. A launch is told, and only by the first; else
+    the first rank speaks at once, and what the others say after a moment is not heard, if its end has ended them.
+    """
+    from hpclr.parallel.attempt import launch_directory
+    from hpclr.parallel.outcome import Outcome, record_outcome
+
+    if getattr(error, "shared", False):
+        return False
+    launch = launch_directory()
+    if launch is not None:
+        return record_outcome(launch, Outcome(code, str(error)))
+    if any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        time.sleep(_MOMENT)
+    return True

@@ -221,7 +221,10 @@ def split_bytes(dataset: Dataset, split: str) -> int:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor in memory from numpy, which asks for huge pages: torch's takes twice as long to fill."""
-    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if not size_bytes:  # numpy gives it strides that torch cannot view
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(size_bytes, np.uint8)).view(dtype).view(shape)
 
 
 def _check(

@@ -63,7 +63,9 @@ def consult(
             f"the first error. ({first_line(error)})"
         ) from error
     if verdict["error"] is not None:
-        raise _KINDS[verdict["code"]](verdict["error"])
+        found = _KINDS[verdict["code"]](verdict["error"])
+        found.shared = layout.rank > 0
+        raise found
     return verdict["answer"]
 
 

@@ -188,8 +188,8 @@ def _dead(directory: Path, records: list[Record]) -> Diagnosis:
     return Diagnosis(
         "dead",
         record.rank,
-        f"{record.who} died without a word{_also(r.rank for r in records)}: it was last seen {record.doing} (killed, out of "
-        f"memory, or crashed; its log is {log_path(directory, record.rank)})",
+        f"{record.who} died without a word{_also(r.rank for r in records)}: it was last seen {record.doing} (killed, "
+        f"out of memory, or crashed; its log is {log_path(directory, record.rank)})",
         record,
     )
 

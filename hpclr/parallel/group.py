@@ -130,7 +130,7 @@ class Group:
                 error = caught
         (described, result), _ = self.broadcast((_described(error), result))
         if described is not None:
-            raise error or _error(*described)
+            raise error or self._error(*described)
         return result  # type: ignore[no-any-return]
 
     def together(self, action: Callable[[], T]) -> T:
@@ -153,7 +153,13 @@ class Group:
             return result  # type: ignore[no-any-return]
         name, message = described[failed[0]]
         where = "" if len(failed) == self.size else f"rank {', '.join(map(str, failed))} of {self.size}: "
-        raise _error(name, where + message)
+        raise self._error(name, where + message)
+
+    def _error(self, name: str, message: str) -> HpclrError:
+        kind = getattr(errors, name, HpclrError)
+        error: HpclrError = kind(message)
+        error.shared = not self.is_first
+        return error
 
     def _lengths(self, mine: int) -> list[int]:
         lengths = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -193,9 +199,3 @@ def join(store: Store, rank: int, size: int, *, backend: str, timeout: float, de
 
 def _described(error: HpclrError | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
-
-
-def _error(name: str, message: str) -> HpclrError:
-    kind = getattr(errors, name, HpclrError)
-    found: HpclrError = kind(message)
-    return found

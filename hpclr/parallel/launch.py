@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO, Literal
 
 from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, UsageError
-from hpclr.output import say
+from hpclr.output import printable, say
 from hpclr.parallel.attempt import LAUNCH_VARIABLE, attempt_of_launch
 from hpclr.parallel.console import Console
 from hpclr.parallel.diagnosis import post_mortem
@@ -61,7 +61,11 @@ def launch(command: Sequence[str], processes: int, launcher: Launcher, *, debug:
         tempfile.TemporaryDirectory(prefix="hpclr-launch-") as name,
         tempfile.TemporaryFile() as log,
         Console() as console,
-        _Started([*line, *console.prefix, *command], environment | {LAUNCH_VARIABLE: name}, log) as started,
+        _Started(
+            [*line, *console.prefix, *command],
+            environment | {LAUNCH_VARIABLE: name},
+            log if console.prefix else None,
+        ) as started,
     ):
         code = started.wait(Path(name), console)
         _outlive(Path(name), console)
@@ -74,12 +78,12 @@ def _result(place: Path, code: int, written: str, stopped: bool, debug: bool) ->
     """The exit code; `written` by the launcher itself goes to a file where there is one, else to the user in need."""
     attempt = attempt_of_launch(place)
     if debug and written:
-        say(written)
+        say(printable(written))
     if attempt is not None:
         if written:
             with contextlib.suppress(OSError):
                 (attempt / LAUNCHER_LOG).write_text(written)
-        return _result_of(attempt)
+        return _result_of(attempt, place)
     early = read_outcome(place)
     if early is not None or code == 0:
         return early.code if early is not None else 0
@@ -87,14 +91,14 @@ def _result(place: Path, code: int, written: str, stopped: bool, debug: bool) ->
         say("hpclr: asked to stop before training began; nothing is lost, and the same command starts it again")
         return EXIT_REQUEUE
     if written and not debug:
-        say(written)
+        say(printable(written))
     say(f"hpclr: the processes ended before they began an attempt, and the launcher with code {code}")
     return code if code in (EXIT_USAGE, EXIT_RETRY) else EXIT_ERROR
 
 
-def _result_of(attempt: Path) -> int:
+def _result_of(attempt: Path, place: Path) -> int:
     """What the attempt's record says; where the processes could not write one, it is written and said here."""
-    known = read_outcome(attempt)
+    known = read_outcome(attempt) or read_outcome(place)
     if known is not None:
         return known.code
     found = post_mortem(attempt)
@@ -149,10 +153,10 @@ class _Started:
     Args:
         line: its command line.
         environment: added to this process's.
-        log: takes what the launcher writes.
+        log: takes what the launcher writes; None: it keeps the console.
     """
 
-    def __init__(self, line: list[str], environment: dict[str, str], log: IO[bytes]) -> None:
+    def __init__(self, line: list[str], environment: dict[str, str], log: IO[bytes] | None) -> None:
         self.stop: signal.Signals | None = None
         self._asked: set[int] = set()
         self._failed_at: float | None = None

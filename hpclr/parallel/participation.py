@@ -11,7 +11,7 @@ from typing import TextIO
 import msgspec
 
 from hpclr.errors import StopRequestedError
-from hpclr.parallel.attempt import heartbeat_path, log_path
+from hpclr.parallel.attempt import heartbeat_path, launch_directory, log_path
 from hpclr.parallel.diagnosis import explain
 from hpclr.parallel.heartbeat import Heartbeat
 from hpclr.parallel.logs import Log, logged
@@ -56,6 +56,16 @@ def take_part(directory: Path, *, rank: int, world_size: int, host: str, timeout
             _fail(error, beat, directory, log, beat_interval(timeout))
         else:
             _end(beat, directory, log, Outcome(0, "the run is finished"))
+
+
+def is_first_to_fail(error: BaseException) -> bool:
+    """Whether this process is to report an error from before it takes part in an attempt.
+
+    Where a launch waits for the processes it is told of the outcome, and only the first of them speaks. Elsewhere
+    each does, as none knows of the others yet.
+    """
+    launch = launch_directory()
+    return launch is None or record_outcome(launch, outcome_of(error))
 
 
 def _end(beat: Heartbeat, directory: Path, log: Log, outcome: Outcome) -> None:

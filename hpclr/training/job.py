@@ -145,17 +145,15 @@ def assembled(run: RunFile, directory: RunDirectory, layout: Layout) -> Iterator
     with _place_to_meet(directory):
         circle = _meet(run, directory, layout)
         processes = _introduce(run, circle, device)
-    _check_devices(processes)
-    mine = processes[layout.rank]
-    sharers = [one for one in processes if (one.host, one.own["cores"]) == (mine.host, mine.own["cores"])]
-    timeout = _PATIENCE * run.parallel.timeout
-    group = join(circle.store, layout.rank, layout.world_size, backend=backend, timeout=timeout, device=device)
-    try:
-        threads = use_threads(run.train.threads, len(sharers))
-        yield Job(layout, group, device, threads, [one.host for one in processes], circle)
-        group.barrier()
-    finally:
-        dist.destroy_process_group()
+        _check_devices(processes)
+        timeout = _PATIENCE * run.parallel.timeout
+        group = join(circle.store, layout.rank, layout.world_size, backend=backend, timeout=timeout, device=device)
+        try:
+            threads = use_threads(run.train.threads, _sharers(processes, layout.rank))
+            yield Job(layout, group, device, threads, [one.host for one in processes], circle)
+            group.barrier()
+        finally:
+            dist.destroy_process_group()
 
 
 def _meet(run: RunFile, directory: RunDirectory, layout: Layout) -> Circle:
@@ -178,9 +176,15 @@ def _introduce(run: RunFile, circle: Circle, device: torch.device) -> list[State
     return circle.agree(facts, {"cores": repr(sorted(os.sched_getaffinity(0))), "device": _identity(device)})
 
 
+def _sharers(processes: list[Statement], rank: int) -> int:
+    """How many processes may use the same cores as this one."""
+    mine = processes[rank]
+    return sum((one.host, one.own["cores"]) == (mine.host, mine.own["cores"]) for one in processes)
+
+
 @contextmanager
 def _place_to_meet(directory: RunDirectory) -> Iterator[None]:
-    """The run directory for the time of the meeting; if it was not there before, and holds nothing after, it goes."""
+    """The run directory, in which processes meet; it goes again if the block fails before anything else is in it."""
     with writing(directory.path):
         directory.path.mkdir(parents=True, exist_ok=True)
     try:

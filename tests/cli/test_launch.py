@@ -23,9 +23,8 @@ from pathlib import Path
 from hpclr.cli import _report
 from hpclr.errors import HpclrError, RetryableError, StopRequestedError, UsageError
 from hpclr.output import say
-from hpclr.parallel.attempt import attempt_directory, attempts, launch_directory, next_attempt
-from hpclr.parallel.outcome import outcome_of, record_outcome
-from hpclr.parallel.participation import take_part
+from hpclr.parallel.attempt import attempt_directory, attempts, next_attempt
+from hpclr.parallel.participation import is_first_to_fail, take_part
 
 run, fault = Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ.get("RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
@@ -33,7 +32,7 @@ asked = []
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
 
 def early(error):
-    if record_outcome(launch_directory(), outcome_of(error)):
+    if is_first_to_fail(error):
         _report(error, error.exit_code, False)
     sys.exit(error.exit_code)
 

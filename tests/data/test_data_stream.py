@@ -17,6 +17,7 @@ from hpclr.data import Augment, BatchStream, Loader, Order, open_dataset
 from hpclr.data.workers import _sharing
 from hpclr.errors import RetryableError, UsageError
 
+CHUNKS = Order("chunks", 7, 5)
 OPTIONS = {"augment": Augment(flip=True, crop=1), "mixup": 0.4}
 
 
@@ -26,7 +27,7 @@ def dataset(tmp_path):
         yield dataset
 
 
-def loader(dataset, part=(0, 1), order=Order("chunks", 7, 5), **options):
+def loader(dataset, part=(0, 1), order=CHUNKS, **options):
     return Loader(dataset, "train", 16, 3, shuffle=order, part=part, **options)
 
 
@@ -60,10 +61,9 @@ def test_without_workers_batches_are_made_on_demand(dataset):
 @pytest.mark.parametrize(
     ("count", "part", "options"),
     [
-        (1, (0, 1), {"in_memory": False, **OPTIONS}),
-        (3, (0, 1), {"in_memory": False, "order": Order(), **OPTIONS}),
+        (2, (0, 1), {"in_memory": False, **OPTIONS}),
         (2, (3, 7), {"in_memory": False, "order": Order(), "dtype": torch.bfloat16}),  # the last batch has 5 samples
-        (2, (1, 2), {"in_memory": True, **OPTIONS}),
+        (1, (1, 2), {"in_memory": True, **OPTIONS}),
     ],
 )
 def test_batches_are_the_same_with_workers(dataset, count, part, options):
@@ -74,40 +74,38 @@ def test_batches_are_the_same_with_workers(dataset, count, part, options):
         assert same(batch, expected.batch(*divmod(step, 7)))
 
 
-def test_workers_end_with_the_stream_and_take_no_notice_of_signals(dataset):
-    with BatchStream(loader(dataset, in_memory=False), 0, 1000, workers=2, prefetch=1) as stream:
-        first = next(stream)
-        processes = workers()
-        assert len(processes) == 2
+def test_workers_take_no_notice_of_signals_and_end_with_the_stream(dataset):
+    with BatchStream(loader(dataset, in_memory=False), 0, 1000, workers=1, prefetch=1) as stream:
+        next(stream)
+        [process] = workers()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            for process in processes:
-                os.kill(process.pid, number)
-        again = [next(stream) for _ in range(14)][6]
-        assert not torch.equal(again.indices, first.indices)
-    assert not any(process.is_alive() for process in processes)
+            os.kill(process.pid, number)
+        assert len([next(stream) for _ in range(14)]) == 14
+    assert not process.is_alive()
 
 
 @pytest.mark.parametrize(
     ("number", "advice"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm is probably full")]
 )
 def test_a_worker_that_dies_is_named_at_once(dataset, number, advice):
-    with BatchStream(loader(dataset, in_memory=False), 0, 1000, workers=2) as stream:
+    count = 2 if number == signal.SIGKILL else 1
+    with BatchStream(loader(dataset, in_memory=False), 0, 1000, workers=count) as stream:
         next(stream)
-        victim = next(process for process in workers() if process.name.startswith("worker 1 "))
+        victim = max(workers(), key=lambda process: process.name)
         os.kill(victim.pid, number)
         start = time.monotonic()
         with pytest.raises(RetryableError) as caught:
-            for _ in stream:
-                pass
+            list(stream)
         assert time.monotonic() - start < 3
-    for part in ("worker 1 of 2 (data.workers)", f"process {victim.pid}", f"signal {number}", advice, "data.workers=0"):
+    name = f"worker {count - 1} of {count} (data.workers), process {victim.pid}"
+    for part in (name, f"signal {number}", advice, "data.workers=0"):
         assert part in str(caught.value)
 
 
 def test_an_error_in_a_worker_arrives_as_itself(dataset):
     with BatchStream(loader(dataset, in_memory=False), 0, 1000, workers=1) as stream:
         dataset.path.unlink()
-        with pytest.raises(UsageError, match="data.h5: the dataset cannot be opened") as caught:
+        with pytest.raises(UsageError, match=r"data\.h5: the dataset cannot be opened") as caught:
             next(stream)
     assert "in worker 0 of 1" in str(caught.value.__cause__)
 
@@ -129,7 +127,7 @@ from hpclr.data import BatchStream, Loader, Order, open_dataset
 if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1])
     loader = Loader(dataset, "train", 16, 0, shuffle=Order("chunks", 7, 5), in_memory=False)
-    stream = BatchStream(loader, 0, 10**6, workers=2, prefetch=3)
+    stream = BatchStream(loader, 0, 10**6, workers=1, prefetch=3)
     next(stream)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     if sys.argv[2] == "exit":
@@ -145,7 +143,7 @@ def test_no_worker_outlives_its_parent(dataset, tmp_path, end):
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, script, dataset.path, end], stdout=subprocess.PIPE, text=True)
     children = [Path(f"/proc/{pid}") for pid in parent.stdout.readline().split()]
-    assert len(children) == 2
+    assert len(children) == 1
     if end == "kill":
         parent.kill()
     assert parent.wait(10) == (3 if end == "exit" else -signal.SIGKILL)

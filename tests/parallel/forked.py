@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed  # noqa: F401 - here, so that no child has to
+
 from hpclr.errors import HpclrError
 from hpclr.parallel.layout import Layout
 
