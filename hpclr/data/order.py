@@ -12,6 +12,7 @@ only within windows of consecutive chunks of that order: the same permutation, a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -71,7 +72,7 @@ class Order:
         """
         if self.kind == "samples":
             return sample_order(seed, epoch, positions, sum(sizes))
-        shuffled = ShuffledChunks(self, seed, epoch, sizes)
+        shuffled = _shuffled(self, seed, epoch, tuple(sizes))
         return shuffled.samples(shuffled.places(positions)[0])
 
     def batch(self, seed: int, epoch: int, positions: Indices, sizes: Sequence[int]) -> Indices:
@@ -84,7 +85,7 @@ class Order:
         """
         if self.kind == "samples":
             return self.samples(seed, epoch, positions, sizes)
-        shuffled = ShuffledChunks(self, seed, epoch, sizes)
+        shuffled = _shuffled(self, seed, epoch, tuple(sizes))
         places, first_of_window = shuffled.places(positions)
         return shuffled.samples(places[np.argsort(places - first_of_window, kind="stable")])
 
@@ -179,6 +180,12 @@ class ShuffledChunks:
 
     def _first_places(self, slots: Indices) -> Indices:
         return slots * self._chunks.rows - self._lacking[np.searchsorted(self._short_slots, slots)]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(order: Order, seed: int, epoch: int, sizes: tuple[int, ...]) -> ShuffledChunks:
+    """The same for all batches of an epoch."""
+    return ShuffledChunks(order, seed, epoch, sizes)
 
 
 def permute(permutation_key: int, positions: Indices, n: int) -> Indices:

@@ -66,7 +66,6 @@ class OIALR(Method):
         placement: which process examines which layer; None: as the replica says, else this one all of them.
 
     Attributes:
-        steps: optimiser steps taken so far.
         failures: how often a layer could not be decomposed (it then keeps its basis).
         report: layer name → why it stays dense.
 
@@ -176,7 +175,7 @@ class OIALR(Method):
 
     def _first_look(self, site: WeightSite) -> Outcome:
         try:
-            basis = self._placement.decompose(site.core())
+            basis = self._placement.decompose(site.core(), dense=True)
         except FactorizationError as error:
             return Outcome(site.rank, None, None, failed=str(error))
         if self._schedule.delay > 0:
@@ -197,13 +196,13 @@ class OIALR(Method):
         covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
         for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)).items():
             self._apply(self._sites[name], outcome)
-        converted = [site.factors for site in self._sites.values() if site.is_lowrank]
-        self._placement.confirm(self.ranks, [factor for factors in converted for factor in factors])
+        self._placement.confirm(self.ranks, [f for s in self._sites.values() if s.is_lowrank for f in s.factors])
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         try:
             # float64, since the rounding of rotations adds up over the checks
-            basis = self._placement.decompose(site.core().double() if site.is_lowrank else site.core())
+            core = site.core().double() if site.is_lowrank else site.core()
+            basis = self._placement.decompose(core, dense=not site.is_lowrank)
         except FactorizationError as error:
             return Outcome(site.rank, None, None, failed=str(error))
         stability = self._tracker.measure(site.name, basis)

@@ -24,8 +24,12 @@ Examine = Callable[[str], Outcome]
 class Placement(Protocol):
     """Shares out the examination of layers over processes, all of which call the same methods at the same step."""
 
-    def decompose(self, matrix: Tensor) -> SVD:
+    def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
         """The singular value decomposition that `examine` shall use.
+
+        Args:
+            matrix: (m, n), a dense weight, or Σ (k, k).
+            dense: whether it is a dense weight, of which the leading part may do.
 
         Raises:
             FactorizationError: if there is none.
@@ -57,7 +61,7 @@ class Placement(Protocol):
 class Here:
     """A single process does everything itself."""
 
-    def decompose(self, matrix: Tensor) -> SVD:
+    def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
         """As `hpclr.lowrank.factors.svd`."""
         return svd(matrix)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from hpclr.output import copied_to, say
+from hpclr.output import copied_to
 
 
 class Log:
@@ -69,25 +69,28 @@ def logged(path: Path, *, console: bool) -> Iterator[Log]:
 
 
 @contextlib.contextmanager
-def _copying(file: TextIO) -> Iterator[None]:
+def _copying(log: TextIO) -> Iterator[None]:
+    """Copies what is said and warned of to a log."""
     shown = warnings.showwarning
-    warnings.showwarning = _say_warning
+
+    def show_and_copy(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        shown(message, category, filename, lineno, file, line)
+        with contextlib.suppress(OSError, ValueError):
+            log.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    warnings.showwarning = show_and_copy
     try:
-        with copied_to(file):
+        with copied_to(log):
             yield
     finally:
         warnings.showwarning = shown
-
-
-def _say_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    say(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import TextIO
 import msgspec
 
 from hpclr.errors import StopRequestedError
-from hpclr.parallel.attempt import heartbeat_path, launch_directory, log_path
+from hpclr.parallel.attempt import heartbeat_path, log_path
 from hpclr.parallel.diagnosis import explain
 from hpclr.parallel.heartbeat import Heartbeat
 from hpclr.parallel.logs import Log, logged
@@ -50,7 +50,7 @@ def take_part(directory: Path, *, rank: int, world_size: int, host: str, timeout
         try:
             yield beat
         except StopRequestedError as stop:
-            _end(beat, directory, log, outcome_of(stop))
+            stop.shared = not _end(beat, directory, log, outcome_of(stop))
             raise
         except BaseException as error:  # SystemExit in the user's code is a failure, too
             _fail(error, beat, directory, log, beat_interval(timeout))
@@ -58,21 +58,13 @@ def take_part(directory: Path, *, rank: int, world_size: int, host: str, timeout
             _end(beat, directory, log, Outcome(0, "the run is finished"))
 
 
-def is_first_to_fail(error: BaseException) -> bool:
-    """Whether this process is to report an error from before it takes part in an attempt.
-
-    Where a launch waits for the processes it is told of the outcome, and only the first of them speaks. Elsewhere
-    each does, as none knows of the others yet.
-    """
-    launch = launch_directory()
-    return launch is None or record_outcome(launch, outcome_of(error))
-
-
-def _end(beat: Heartbeat, directory: Path, log: Log, outcome: Outcome) -> None:
-    """The end that was meant to be; the first process records it and speaks for all."""
-    if beat.rank > 0 or not record_outcome(directory, _placed(outcome, beat)):
+def _end(beat: Heartbeat, directory: Path, log: Log, outcome: Outcome) -> bool:
+    """The end that was meant to be; the first process records it and speaks for all. Returns whether this is it."""
+    speaks = beat.rank == 0 and record_outcome(directory, _placed(outcome, beat))
+    if not speaks:
         log.silence()
     beat.last_word("saved" if outcome.code else "done", outcome.code, outcome.message)
+    return speaks
 
 
 def _fail(error: BaseException, beat: Heartbeat, directory: Path, log: Log, interval: float) -> None:
@@ -87,11 +79,14 @@ def _fail(error: BaseException, beat: Heartbeat, directory: Path, log: Log, inte
         outcome = _placed(msgspec.structs.replace(outcome, message=f"{where}{outcome.message}"), beat)
     first = record_outcome(directory, outcome)
     beat.last_word("failed" if own else "left", outcome.code, outcome.message)
+    log.write(f"hpclr: {outcome.message}")
     if not first:
         log.silence()
     if beat.world_size == 1:
         raise error
-    raise AttemptFailedError(outcome) from error
+    failed = AttemptFailedError(outcome)
+    failed.shared = not first
+    raise failed from error
 
 
 def _placed(outcome: Outcome, beat: Heartbeat) -> Outcome:

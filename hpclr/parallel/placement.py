@@ -6,28 +6,45 @@ that examines it, its owner.
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from hpclr.lowrank.factors import SVD, svd
+from hpclr.errors import UsageError
+from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.methods.placement import Examine, Outcome
+from hpclr.parallel import mpi
 from hpclr.parallel.digest import digest
 from hpclr.parallel.group import Group
+from hpclr.parallel.heat import import_heat, leading_svd
 from hpclr.parallel.verify import require_equal
 
 Memory = MutableMapping[str, Tensor]
+
+
+class Doing(Protocol):
+    """Told what a process does from here on, so that others know why it takes so long."""
+
+    def __call__(self, what: str, *, waiting: bool) -> None:
+        """`what` completes "it was …"."""
+
 
 _MOST_IMBALANCE = 1.25  # of the slowest process's work against a new plan's, from which layers change owners
 
 
 class Rank0:
-    """The first process examines all layers and broadcasts the outcomes, in two messages a check."""
+    """The first process examines all layers and broadcasts the outcomes, in two messages a check.
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    Args:
+        group: the processes.
+        doing: told what this process does, and whether that takes the others.
+    """
 
-    def decompose(self, matrix: Tensor) -> SVD:
+    def __init__(self, group: Group, doing: Doing) -> None:
+        self._group, self._doing = group, doing
+
+    def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
         """As `hpclr.lowrank.factors.svd`."""
         return svd(matrix)
 
@@ -35,11 +52,19 @@ class Rank0:
         """Has every layer examined; see `hpclr.methods.placement.Placement`."""
         found: tuple[dict[str, Any] | None, list[Tensor]]
         if self._group.is_first:
-            found = _flat({name: examine(name) for name in costs})
+            found = _flat(self._examined(costs, examine))
         else:
             memory.clear()
             found = (None, [])
+        self._doing("sharing the outcomes of a check", waiting=True)
         return _outcomes(*self._group.broadcast(*found))
+
+    def _examined(self, names: Iterable[str], examine: Examine) -> dict[str, Outcome]:
+        outcomes = {}
+        for name in names:
+            self._doing(f"decomposing layer '{name}'", waiting=False)
+            outcomes[name] = examine(name)
+        return outcomes
 
     def gather(self, memory: Memory) -> dict[str, Tensor]:
         """Everything remembered is on the first process."""
@@ -61,14 +86,15 @@ class Spread(Rank0):
     new plan would be much better, layers move, with what is remembered of them.
     """
 
-    def __init__(self, group: Group) -> None:
-        super().__init__(group)
+    def __init__(self, group: Group, doing: Doing) -> None:
+        super().__init__(group, doing)
         self._owners: dict[str, int] = {}
 
     def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> dict[str, Outcome]:
         """Has every layer examined; see `hpclr.methods.placement.Placement`."""
         self._plan(costs, memory)
-        mine = {name: examine(name) for name in costs if self._owners[name] == self._group.rank}
+        mine = self._examined([name for name in costs if self._owners[name] == self._group.rank], examine)
+        self._doing("sharing the outcomes of a check", waiting=True)
         found: dict[str, Outcome] = {}
         for payload in self._group.exchange(*_flat(mine)):
             found |= _outcomes(*payload)
@@ -108,30 +134,55 @@ class Spread(Rank0):
 
 
 class AllTogether(Rank0):
-    """All processes work on every layer together, for weights whose decomposition is too much for one process.
+    """All processes work on every dense weight together, for weights that are too much for one process.
 
     heat finds the leading part of a dense weight (approximately); what is beyond it is lost when the layer is
-    converted. Σ, which is small by then, is decomposed by the first process.
+    converted. Σ, which is smaller, is decomposed by the first process.
 
     Args:
         group: the processes, which must have been started by MPI.
+        doing: told what this process does, and whether that takes the others.
         heat_rank: share of a dense weight's smaller side that is found.
+
+    Raises:
+        UsageError: if MPI does not see these processes, or heat is not there.
     """
 
-    def __init__(self, group: Group, heat_rank: float) -> None:
-        super().__init__(group)
+    def __init__(self, group: Group, doing: Doing, heat_rank: float) -> None:
+        super().__init__(group, doing)
         self._heat_rank = heat_rank
+        import_heat("svd: heat")
+        size = mpi.world("svd: heat").Get_size()
+        if size != group.size:
+            raise UsageError(
+                f"svd: heat works with MPI, whose world has the size {size}, but {group.size} processes train "
+                "together: start them with mpirun, or with srun --mpi=pmix; or choose svd: rank0 or spread"
+            )
 
-    def decompose(self, matrix: Tensor) -> SVD:
-        """The leading part of W (float64 matrices are Σ: all of it), the same to the bit on all processes."""
-        from hpclr.parallel.heat import leading_svd
-
-        rank = ceil(self._heat_rank * min(matrix.shape))
-        return SVD(*leading_svd(matrix, rank))
+    def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
+        """The leading part of a dense weight, or all of Σ; the same to the bit on all processes. Collective."""
+        if not dense:
+            return self._by_first(matrix)
+        try:
+            return SVD(*leading_svd(matrix, ceil(self._heat_rank * min(matrix.shape))))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise FactorizationError(str(error)) from error
 
     def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> dict[str, Outcome]:
         """Has every layer examined by all; see `hpclr.methods.placement.Placement`."""
-        return {name: examine(name) for name in costs}
+        return self._examined(costs, examine)
+
+    def _by_first(self, matrix: Tensor) -> SVD:
+        failed, parts = None, []
+        if self._group.is_first:
+            try:
+                parts = list(svd(matrix))
+            except FactorizationError as error:
+                failed = str(error)
+        failed, parts = self._group.broadcast(failed, parts)
+        if failed is not None:
+            raise FactorizationError(failed)
+        return SVD(*parts)
 
 
 def largest_first(costs: Mapping[str, float], size: int) -> dict[str, int]:

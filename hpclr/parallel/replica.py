@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpclr.methods.placement import Here, Placement
 from hpclr.parallel.group import Group
-from hpclr.parallel.placement import AllTogether, Rank0, Spread
+from hpclr.parallel.placement import AllTogether, Doing, Rank0, Spread
 
 Svd = Literal["rank0", "spread", "heat"]
 
@@ -46,6 +46,7 @@ class Replica(nn.Module):
         heat_rank: for "heat", the share of a layer's smaller side that is found.
         broadcast_buffers: whether buffers, such as running statistics, are those of the first process in each forward.
         unused_parameters: look in every step for parameters that the loss does not depend on.
+        doing: told at checks what this process does, and whether that takes the others.
 
     Attributes:
         module: the model.
@@ -63,6 +64,7 @@ class Replica(nn.Module):
         heat_rank: float = 0.5,
         broadcast_buffers: bool = True,
         unused_parameters: bool = False,
+        doing: Doing = lambda what, waiting: None,
     ) -> None:
         super().__init__()
         if isinstance(module, (DistributedDataParallel, nn.DataParallel, Replica)):
@@ -72,7 +74,7 @@ class Replica(nn.Module):
             )
         self.module = module
         self.group = Group()
-        self.placement = _placement(self.group, svd, heat_rank)
+        self.placement = _placement(self.group, svd, heat_rank, doing)
         self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": unused_parameters}
         self._synchronise = True
         self._ddp: tuple[DistributedDataParallel] | None = None  # in a tuple: no submodule of this one
@@ -144,11 +146,11 @@ class Replica(nn.Module):
             gc.collect()
 
 
-def _placement(group: Group, svd: Svd, heat_rank: float) -> Placement:
+def _placement(group: Group, svd: Svd, heat_rank: float, doing: Doing) -> Placement:
     if svd not in ("rank0", "spread", "heat"):
         raise ValueError(f"svd must be 'rank0', 'spread' or 'heat', found {svd!r}")
     if svd == "heat":
-        return AllTogether(group, heat_rank)
+        return AllTogether(group, doing, heat_rank)
     if group.size == 1:
         return Here()
-    return Spread(group) if svd == "spread" else Rank0(group)
+    return Spread(group, doing) if svd == "spread" else Rank0(group, doing)

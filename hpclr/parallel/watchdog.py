@@ -124,7 +124,10 @@ class Watchdog:
                 self._leave(self._failure)
         elif self._stalled >= self._threshold:
             found = diagnose(self._directory, self._beat.world_size, self.interval, self._beat.write)
-            if self._beat.now is self._seen:  # it may have come round meanwhile
+            busy = found.record.seconds if found.state == "hanging" and found.record is not None else self._threshold
+            if busy < self._threshold:
+                self._stalled = busy  # the others wait as long as one is at work and comes on
+            elif self._beat.now is self._seen:  # it may have come round meanwhile
                 self._leave(found.outcome())
 
     def _record(self, outcome: Outcome) -> None:

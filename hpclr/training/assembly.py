@@ -90,7 +90,7 @@ def assemble(run: RunFile, job: Job | None = None) -> Assembly:
     made = job.group.together(lambda: _materials(run, job))
     job.require_same({"the data's digest": made.dataset.digest})
     loader, model, optimizer, total = made.loader, made.model, made.optimizer, made.total_steps
-    replica = _replica(run, model)
+    replica = _replica(run, model, job)
     method = _usage("method", build_method, run, replica, optimizer, total)
     ema = EMA(model, run.train.ema) if run.train.ema is not None else None
     if ema is not None:
@@ -154,7 +154,7 @@ def _with_batch_statistics(run: RunFile, model: nn.Module, device: torch.device)
     return synchronised
 
 
-def _replica(run: RunFile, model: nn.Module) -> Replica:
+def _replica(run: RunFile, model: nn.Module, job: Job) -> Replica:
     section, options = run.method, {}
     if isinstance(section, Oialr):
         options = {"svd": section.svd, "heat_rank": section.heat_rank}
@@ -162,6 +162,7 @@ def _replica(run: RunFile, model: nn.Module) -> Replica:
         model,
         broadcast_buffers=False,  # not in every step: before they are read, that is, scored or saved
         unused_parameters=run.parallel.unused_parameters,
+        doing=job.doing,
         **options,  # type: ignore[arg-type]
     )
 

@@ -20,6 +20,7 @@ from hpclr.config import RunFile, dump
 from hpclr.config.schema import Oialr, Target
 from hpclr.data.staging import stage
 from hpclr.errors import UsageError
+from hpclr.parallel import mpi
 from hpclr.parallel.attempt import attempt_directory, next_attempt
 from hpclr.parallel.group import Group, join
 from hpclr.parallel.heartbeat import Heartbeat
@@ -152,6 +153,8 @@ def assembled(run: RunFile, directory: RunDirectory, layout: Layout) -> Iterator
             threads = use_threads(run.train.threads, _sharers(processes, layout.rank))
             yield Job(layout, group, device, threads, [one.host for one in processes], circle)
             group.barrier()
+            if _needs_mpi(run):
+                mpi.leave()
         finally:
             dist.destroy_process_group()
 
@@ -164,7 +167,7 @@ def _meet(run: RunFile, directory: RunDirectory, layout: Layout) -> Circle:
         timeout=settings.timeout,
         interface=settings.interface,
         host_suffix=settings.host_suffix,
-        keep_mpi=isinstance(run.method, Oialr) and run.method.svd == "heat",
+        keep_mpi=_needs_mpi(run),
     )
     secret = share_secret(store, layout, directory.path, settings.timeout)
     return Circle(store, layout, secret, settings.timeout)
@@ -180,6 +183,10 @@ def _sharers(processes: list[Statement], rank: int) -> int:
     """How many processes may use the same cores as this one."""
     mine = processes[rank]
     return sum((one.host, one.own["cores"]) == (mine.host, mine.own["cores"]) for one in processes)
+
+
+def _needs_mpi(run: RunFile) -> bool:
+    return isinstance(run.method, Oialr) and run.method.svd == "heat"
 
 
 @contextmanager

@@ -132,7 +132,6 @@ class Trainer:
     def _adapt(self) -> None:
         """What follows an optimiser step: the method's turn, then the averages'."""
         method, checks = self.parts.method, self.parts.method.checks
-        self.job.doing("checking the ranks", self.position.step)
         method.step()
         if self.parts.ema is not None:
             self.parts.ema.update()
@@ -199,7 +198,7 @@ class Trainer:
         now = time.monotonic()
         self.position.seconds += now - self._clock
         self._clock = now
-        self.job.doing("saving", self.position.step)
+        self.job.doing("saving", self.position.step, waiting=not self.group.is_first)
         self.parts.replica.synchronise_buffers()
         tree = capture(self.parts, self.position)
         self.group.on_first(lambda: self._write(tree, best))

@@ -8,7 +8,7 @@ from typing import TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hpclr.output import Unfailing, say
+from hpclr.output import Unfailing, say, say_in_log
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -61,6 +61,7 @@ class Bar(Display):
     def note(self, text: str) -> None:
         """Prints above the bar."""
         self._progress.console.print(text, markup=False)
+        say_in_log(text)
 
 
 class Lines(Display):

@@ -38,7 +38,7 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False, layout: Layout = ALO
         directory.check(run)
     with assembled(run, directory, layout) as job:
         parts = assemble(run, job)
-        with ExitStack() as held:
+        with parts.dataset, ExitStack() as held:
             job.group.on_first(lambda: _take(held, directory, run, fresh))
             _train_locked(parts, directory)
     return directory
@@ -64,7 +64,7 @@ def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
         position = Position()
         if step is not None:
             parts.job.doing("loading a checkpoint", step)
-            position = group.together(lambda: _resume(parts, first.saved or load_file(store.path(step)), directory))
+            position = group.together(lambda: _resume(parts, first.saved or load_file(store.path(step))))
         group.on_first(lambda: _begin_records(parts, directory, position))
         with _display(parts, position) as shown:
             if step is not None:
@@ -89,6 +89,8 @@ class _FirstLook:
         else:
             finished = _is_finished(self.saved, self._parts) and self._directory.summary.exists()
             what = f" (step {self.saved.step})"
+            if not finished:
+                _check_data(self._parts, self.saved, self._directory)
         if finished:
             say(f"{self._directory.path}: this run is finished{what}; --fresh starts it over")
         return finished, None if self.saved is None else self.saved.step
@@ -131,7 +133,12 @@ def _length(run: RunFile) -> tuple[int | None, int | None, int | None]:
     return run.train.steps, run.train.epochs, run.validation.patience
 
 
-def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position:
+def _check_data(parts: Assembly, saved: Loaded, directory: RunDirectory) -> None:
+    """A run goes on with the data that it began with, whatever the file is called by now.
+
+    Raises:
+        UsageError: if it is other data.
+    """
     data = from_tree(saved.tree["data"])
     if data.get("stamp") != parts.dataset.stamp:
         parts.dataset.verify()  # copied or changed since: the digest that it names may no longer be its own
@@ -140,6 +147,9 @@ def _resume(parts: Assembly, saved: Loaded, directory: RunDirectory) -> Position
             f"{directory.path} was trained on data with digest {data['digest'][:12]}…, but {parts.run.data.path} has "
             f"{parts.dataset.digest[:12]}…; give the run its data back, or start over with --fresh"
         )
+
+
+def _resume(parts: Assembly, saved: Loaded) -> Position:
     warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.job.threads)
     parts.loader.order = Order(**from_tree(saved.tree["sampler"])["order"])
     try:

@@ -24,20 +24,15 @@ from hpclr.cli import _report
 from hpclr.errors import HpclrError, RetryableError, StopRequestedError, UsageError
 from hpclr.output import say
 from hpclr.parallel.attempt import attempt_directory, attempts, next_attempt
-from hpclr.parallel.participation import is_first_to_fail, take_part
+from hpclr.parallel.participation import take_part
 
 run, fault = Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ.get("RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
 asked = []
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
 
-def early(error):
-    if is_first_to_fail(error):
-        _report(error, error.exit_code, False)
-    sys.exit(error.exit_code)
-
 if fault == "early":
-    early(UsageError("no such data"))
+    _report(UsageError("no such data"), 2, False)
 if fault == "nothing":
     sys.exit(3)
 if fault == "finished":

@@ -1,12 +1,15 @@
 """The programs and commands in the documents are run as they stand, page by page, in an empty directory."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from documents import PAGES, ROOT, blocks, commands, name, split
 from torch import nn
 
@@ -18,7 +21,11 @@ TESTED_ELSEWHERE = {
     "docs/data.md": "tests/data/test_data_page.py",
     "docs/rank-rules.md": "tests/lowrank/test_ranks.py",
 }
-RUN_HERE = [page for page in PAGES if blocks(page, "python") and name(page) not in TESTED_ELSEWHERE]
+RUN_HERE = [
+    page
+    for page in PAGES
+    if any(block.file is None for block in blocks(page, "python")) and name(page) not in TESTED_ELSEWHERE
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +44,8 @@ def empty_directory(tmp_path, monkeypatch):
 def test_python_blocks_run_in_order(page):
     namespace = {"__name__": "page"}
     for block in blocks(page, "python"):
-        exec(compile(block.text, name(page), "exec"), namespace)
+        if block.file is None:  # else it is a program of its own, or a module
+            exec(compile(block.text, name(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize(("page", "test"), TESTED_ELSEWHERE.items(), ids=TESTED_ELSEWHERE)
@@ -76,6 +84,8 @@ class Loop:
         torch.manual_seed(0)
         self.namespace = {
             "torch": torch,
+            "dist": dist,
+            "DistributedDataParallel": nn.parallel.DistributedDataParallel,
             "make_model": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)),
             "loader": [(torch.randn(2, 4), torch.tensor([0, 1]))] * steps,
             "criterion": nn.CrossEntropyLoss(),
@@ -94,3 +104,50 @@ def test_the_three_lines_of_the_readme_are_all_it_takes():
     assert type(plain["model"][0]) is nn.Linear
     trained = Loop(steps=1000).run(lines)
     assert trained["oialr"].frozen == {"0": True}
+
+
+def test_what_a_parallel_loop_changes(monkeypatch):
+    (diff,) = blocks(ROOT / "docs" / "library.md", "diff")
+    lines = diff.text.splitlines()
+    for variable, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(variable, str(value))
+    try:
+        plain = Loop(steps=3).run([line for line in lines if line[0] in " -"])
+        assert type(plain["model"]) is nn.parallel.DistributedDataParallel
+    finally:
+        dist.destroy_process_group()
+    try:
+        trained = Loop(steps=1000).run([line for line in lines if line[0] in " +"])
+        assert trained["oialr"].frozen == {"0": True}
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(number, directory, *, epochs):
+    """Runs the parallel program of the library's page; returns what it saves and what it prints."""
+    (program,) = [
+        block for block in blocks(ROOT / "docs" / "library.md", "python") if block.file == "train_parallel.py"
+    ]
+    (directory / program.file).write_text(re.sub(r"(?<=^EPOCHS = )\d+", str(epochs), program.text, flags=re.MULTILINE))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, program.file], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(directory / "parallel.pt", weights_only=True), done.stdout
+
+
+def test_the_parallel_program_on_one_process(empty_directory):
+    state, printed = in_processes(1, empty_directory, epochs=12)
+    assert state["oialr"]["steps"] == 12 * 22
+    assert "1 processes" in printed
+
+
+def test_the_parallel_program_on_two_processes_that_go_on(empty_directory):
+    half, _ = in_processes(2, empty_directory, epochs=6)
+    assert half["oialr"]["steps"] == 6 * 22
+    state, printed = in_processes(2, empty_directory, epochs=12)
+    assert state["oialr"]["steps"] == 12 * 22
+    assert sum(state["oialr"]["ranks"].values()) < sum(half["oialr"]["ranks"].values())
+    assert float(re.search(r"test accuracy ([\d.]+)", printed)[1]) > 0.85
+    now, dense = (int(found.replace(",", "")) for found in re.findall(r"[\d,]{5,}", printed))
+    assert now < 0.4 * dense

@@ -11,6 +11,7 @@ from torch import nn
 from hpclr import OIALR
 from hpclr.lowrank import Energy
 from hpclr.methods import Dense, Method
+from hpclr.methods.placement import Here
 
 
 def make(model=None, optimizer=None, **settings):
@@ -200,8 +201,8 @@ def test_a_placement_decides_who_examines_and_all_apply():
     optimizer = idle(model)
     asked = {}
 
-    class Backwards:
-        def share(self, costs, examine):
+    class Backwards(Here):
+        def share(self, costs, examine, memory):
             asked.update(costs)
             return {name: examine(name) for name in reversed(costs)}
 

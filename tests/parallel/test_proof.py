@@ -7,7 +7,7 @@ import pytest
 from forked import layout, run_all
 
 from hpclr.errors import UsageError
-from hpclr.parallel import proof
+from hpclr.parallel import consultation, proof
 from hpclr.parallel.meeting import meet
 from hpclr.parallel.proof import agree, share_secret
 
@@ -103,6 +103,17 @@ def test_who_does_not_come_is_named_on_all(tmp_path):
     assert said[0] == said[3]
     assert said[0][0] == "RetryableError"
     assert f"ranks 1-2 of 4 did not come to the {ROUND}" in said[0][1]
+
+
+def test_rank_0_stays_until_a_slow_process_knows_why(tmp_path, monkeypatch):
+    def work(store, mine):
+        real = consultation._await_verdict
+        monkeypatch.setattr(consultation, "_await_verdict", lambda *question: (time.sleep(1.5), real(*question))[1])
+        return agree(store, mine, b"s" * 32, ROUND, {"code": str(mine.rank)}, 10)
+
+    said = run_all(2, lambda rank: together(rank, 2, tmp_path, work))
+    assert said[0] == said[1]
+    assert said[0][0] == "UsageError"
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])

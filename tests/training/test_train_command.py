@@ -17,6 +17,7 @@ def test_a_run_directory_is_complete(bench):
         ".lock",
         "checkpoints",
         "environment.json",
+        "logs",
         "metrics.jsonl",
         "run.yaml",
         "summary.json",
