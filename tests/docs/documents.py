@@ -43,14 +43,22 @@ def inline_code(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The `hpclr …` lines of shell blocks, fenced or indented."""
+    """The `hpclr …` lines of shell blocks, fenced or indented, also those that a launcher is to run."""
+    return [found for line in shell_lines(page) if (found := without_launcher(line)).startswith("hpclr ")]
+
+
+def shell_lines(page: Path) -> list[str]:
     fenced = [line for block in blocks(page, *SHELL) for line in block.text.splitlines()]
-    indented = [line[4:] for line in prose(page).splitlines() if line.startswith("    ")]
-    return [line for line in fenced + indented if line.startswith("hpclr ")]
+    return fenced + [line[4:] for line in prose(page).splitlines() if line.startswith("    ")]
+
+
+def without_launcher(line: str) -> str:
+    """`hpclr …` of `mpirun -n 2 hpclr …` or `torchrun … -m hpclr …`."""
+    return re.sub(r"^(torchrun|mpirun|srun) .*?(?=hpclr )", "", line)
 
 
 def mentioned_commands(page: Path) -> list[str]:
-    return [code for code in inline_code(page) if code.startswith("hpclr ")]
+    return [found for code in inline_code(page) if (found := without_launcher(code)).startswith("hpclr ")]
 
 
 def links(page: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 
 import pytest
 import yaml
@@ -16,8 +17,10 @@ from documents import (
     mentioned_commands,
     name,
     parsed,
+    shell_lines,
     split,
 )
+from torch.distributed.run import get_args_parser
 
 from hpclr.cli import COMMANDS
 from hpclr.config import parse_run_file
@@ -36,6 +39,14 @@ def test_commands_are_there_and_parse(page):
             parse_run_file(QUICKSTART, line, [word for word in words if "=" in word])
     for line in mentioned_commands(page):
         parsed(line)
+
+
+@every_page
+def test_torchrun_would_take_its_options(page):
+    for line in shell_lines(page):
+        if line.startswith("torchrun "):
+            started = get_args_parser().parse_args(shlex.split(line)[1:])
+            assert started.module == (started.training_script == "hpclr"), line
 
 
 @every_page

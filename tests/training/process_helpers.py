@@ -347,16 +347,16 @@ class Team:
                 started.process.wait()
 
 
-@pytest.fixture(scope="session")
-def tasks():
+@pytest.fixture(scope="session", name="tasks")
+def the_tasks():
     """What forks tasks, for all tests together."""
     found = Tasks()
     yield found
     found.close()
 
 
-@pytest.fixture
-def team(tasks, bench):
+@pytest.fixture(name="team")
+def the_team(tasks, bench):
     """Runs of the bench in several processes."""
     found = Team(tasks, bench)
     yield found

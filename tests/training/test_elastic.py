@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import pytest
-from process_helpers import FLOAT64, OBSERVE, assert_same_result, own_model, seen, tasks, team  # noqa: F401
+from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixtures
+    FLOAT64,
+    OBSERVE,
+    assert_same_result,
+    own_model,
+    seen,
+    the_tasks,
+    the_team,
+)
 from training_helpers import hpclr, steps_kept
 
 STEPS, AN_EPOCH, SAMPLES = 15, 5, 273

@@ -1,10 +1,10 @@
-"""Many processes give the result of one, whatever a run trains with and whoever starts them; the same in every attempt."""
+"""Many processes give the result of one, whatever a run trains with, whoever starts them, however it is stopped."""
 
 import os
 import signal
 
 import pytest
-from process_helpers import (  # noqa: F401 - tasks and team are fixtures
+from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixtures
     FLOAT64,
     LAUNCHERS,
     assert_same_result,
@@ -12,8 +12,8 @@ from process_helpers import (  # noqa: F401 - tasks and team are fixtures
     errors,
     own_model,
     ranks,
-    tasks,
-    team,
+    the_tasks,
+    the_team,
 )
 from training_helpers import OIALR, VIT, Bench, assert_same_run, records, steps_kept
 
@@ -124,43 +124,46 @@ def test_a_replica_that_differs_ends_the_run(team):
     assert records(started.run, "train")[-1]["step"] == 4
 
 
-def exact(team, **sections):
-    """A run in which everything depends on what each process drew before."""
-    method = SPREAD | {"delay": 12, "freeze": "stable", "stability_threshold": 0.5}
-    return {"model": own_model(team.bench, dropout=0.2), "method": method, "parallel": STRICT} | sections
-
-
 def test_stopped_killed_and_continued_to_the_bit(team):
-    """By a signal to one process, by one to the launch, by the end of all of them; each attempt by another launcher."""
-    sections = exact(team)
-    reference = team.srun(2, **sections)
-    assert reference.ended() == [0, 0], reference.console
+    """By a signal to one process, by one to the launch, by the end of all of them; each attempt by another launcher.
+
+    Three processes: two numbers have the same sum in any order, three have not.
+    """
+    sections = {
+        "model": own_model(team.bench, dropout=0.2),
+        "data": {"batch_size": 66},
+        "method": SPREAD | {"delay": 12, "freeze": "stable", "stability_threshold": 0.5},
+        "parallel": STRICT,
+    }
+    reference = team.srun(3, **sections)
+    assert reference.ended() == [0] * 3, reference.console
     reference.run.rename(team.bench.path / "reference")
 
-    asked = team.srun(2, **sections, variables={"TROUBLE": "SIGTERM:1:2"})
-    assert asked.ended() == [85, 85], asked.console
+    asked = team.srun(3, **sections, variables={"TROUBLE": "SIGTERM:1:2"})
+    assert asked.ended() == [85] * 3, asked.console
     assert asked.outcome()["outcome"] == "saved"
     assert "the run is saved at step 3 of 13" in asked.outcome()["message"]
     assert len(errors(asked.console)) == 1
 
-    launched = team.launch("launch torchrun", 2, **sections, variables={"TROUBLE": "slow:0:1"})
+    launched = team.launch("launch torchrun", 3, **sections, variables={"TROUBLE": "slow:0:1"})
     launched.await_step(6)
     launched.process.send_signal(signal.SIGTERM)
     done = launched.ended()
     assert done.code == 85, done.err
     assert launched.outcome()["code"] == 85
     assert len(errors(done.err)) == 1
+    assert launched.left() == []
     stopped_at = max(steps_kept(launched.run))
     assert 6 <= stopped_at < 11
 
-    killed = team.srun(2, **sections, variables={"TROUBLE": "slow:1:1"})
+    killed = team.srun(3, **sections, variables={"TROUBLE": "slow:1:1"})
     killed.await_step(stopped_at + 1)
     for pid in killed.pids:
         os.kill(pid, signal.SIGKILL)
-    assert killed.ended() == [-9, -9]
+    assert killed.ended() == [-9] * 3
 
-    last = team.srun(2, **sections)
-    assert last.ended() == [0, 0], last.console
+    last = team.srun(3, **sections)
+    assert last.ended() == [0] * 3, last.console
     assert_same_run(team.bench.path / "reference", last.run)
     assert "continuing from step" in last.console
 

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from process_helpers import (  # noqa: F401 - tasks and team are fixtures
+from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixtures
     FLOAT64,
     LAUNCHERS,
     Change,
@@ -13,8 +13,8 @@ from process_helpers import (  # noqa: F401 - tasks and team are fixtures
     distance,
     errors,
     own_model,
-    tasks,
-    team,
+    the_tasks,
+    the_team,
 )
 from training_helpers import hpclr, records, steps_kept
 
