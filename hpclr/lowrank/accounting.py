@@ -33,6 +33,7 @@ class Summary:
         dense: parameters of the same model with dense weights.
         optimizer_bytes: bytes of optimiser state (None without an optimiser).
         gradient_bytes: bytes reduced over the processes in a step of data-parallel training.
+        dense_gradient_bytes: the same for the dense model.
         flops: floating-point operations of a forward pass of the example (None without one).
         dense_flops: the same for the dense model.
         layers: every weight that is or may be low-rank.
@@ -42,6 +43,7 @@ class Summary:
     stored: int
     dense: int
     gradient_bytes: int
+    dense_gradient_bytes: int
     optimizer_bytes: int | None
     flops: int | None
     dense_flops: int | None
@@ -78,11 +80,13 @@ def summarize(
     trained = [p for p in model.parameters() if p.requires_grad]
     sites = select(model).eligible
     stored = sum(p.numel() for p in model.parameters())
+    reduced = sum(p.numel() * p.element_size() for p in trained)
     return Summary(
         trainable=sum(p.numel() for p in trained),
         stored=stored,
         dense=stored + sum(_dense_surplus(site) for site in sites),
-        gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
+        gradient_bytes=reduced,
+        dense_gradient_bytes=reduced + sum(_gradient_surplus(site) for site in sites),
         optimizer_bytes=None if optimizer is None else optimizer_bytes(optimizer),
         flops=None if example is None else count_flops(model, example),
         dense_flops=None if example is None else count_flops(densify(_meta_copy(model)), example),
@@ -96,6 +100,14 @@ def _dense_surplus(site: WeightSite) -> int:
         return 0
     m, n = site.shape
     return m * n - sum(factor.numel() for factor in site.factors)
+
+
+def _gradient_surplus(site: WeightSite) -> int:
+    """How many bytes larger the gradient of the dense form of a converted weight is than that of Σ."""
+    if not (site.is_lowrank and site.parameter.requires_grad):
+        return 0
+    m, n = site.shape
+    return (m * n - site.parameter.numel()) * site.parameter.element_size()
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

@@ -144,9 +144,10 @@ class Trainer:
         self.metrics.append(
             "check", self.position.step, **(sizes.as_dict() | {"ranks": self.parts.method.ranks} | facts)
         )
+        reduced = f", reduced a step {sizes.gradient_bytes:,} of {sizes.dense_gradient_bytes:,} bytes"
         self.shown.note(
             f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "
-            f"stored {sizes.stored_share:.1%} of dense"
+            f"stored {sizes.stored_share:.1%} of dense{reduced if self.group.size > 1 else ''}"
         )
 
     def _verify_if_due(self) -> None:

@@ -17,7 +17,7 @@ def test_parameters_of_a_layer():
     assert low.trainable == 4 * 4 + 30
     assert low.stored == 30 * 4 + 4 * 4 + 4 * 40 + 30
     assert low.dense == 1230
-    assert low.gradient_bytes == 4 * low.trainable
+    assert (low.gradient_bytes, low.dense_gradient_bytes) == (4 * low.trainable, 4 * 1230)
     assert (low.trainable_share, low.stored_share) == (46 / 1230, 326 / 1230)
     (size,) = low.layers
     assert (size.name, size.shape, size.rank, size.converted) == ("Linear", (30, 40), 4, True)
