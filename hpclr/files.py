@@ -2,27 +2,47 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Writes a file so that it has its old or its new content at every instant, also after a crash.
 
     Raises:
         OSError: if it cannot be written; the old content is then still there.
     """
+    with _written_beside(path, content, mode) as temporary:
+        os.replace(temporary, path)
+    synchronise(path.parent)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Writes a file that is not there yet, whole or not at all; of several who try, one succeeds.
+
+    Raises:
+        FileExistsError: if it is there.
+        OSError: if it cannot be written, also where the file system has no links.
+    """
+    with _written_beside(path, content, 0o644) as temporary:
+        os.link(temporary, path)
+
+
+@contextmanager
+def _written_beside(path: Path, content: bytes, mode: int) -> Iterator[str]:
+    """A temporary file with this content, on the disk; gone after the block."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    synchronise(path.parent)
+        os.chmod(temporary, mode)
+        yield temporary
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def synchronise(directory: Path) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import secrets
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -84,25 +82,6 @@ def ranks_text(ranks: Sequence[int]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, without the stack that torch adds."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner can read, whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sweep(directory: Path, pattern: str) -> None:

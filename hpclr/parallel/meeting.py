@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpclr.errors import RetryableError, UsageError
+from hpclr.files import write_whole
 from hpclr.parallel import mpi, network
-from hpclr.parallel.consultation import consult, first_line, sweep, write_private
+from hpclr.parallel.consultation import consult, first_line, sweep
 from hpclr.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _publish(layout: Layout, comm: Any, directory: Path, timeout: float, contact
         return
     sweep(directory, ".meeting-*")
     try:
-        write_private(_meeting_file(directory, _key(layout)), content)
+        write_whole(_meeting_file(directory, _key(layout)), content, mode=0o600)
     except OSError as error:
         raise RetryableError(f"Rank 0 cannot write into {directory}, where the processes meet: {error}.") from error
 

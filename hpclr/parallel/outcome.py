@@ -3,10 +3,7 @@
 Launchers change exit codes (torchrun makes every failure a 1), so whoever started the processes reads this first.
 """
 
-import contextlib
 import errno
-import os
-import tempfile
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, HpclrError
+from hpclr.files import write_once
 
 EXIT_FILE = "exit.json"
 _NAMES = {0: "done", EXIT_REQUEUE: "saved", EXIT_RETRY: "retry", EXIT_USAGE: "usage"}
@@ -94,23 +92,14 @@ def outcome_of(error: BaseException) -> Outcome:
 
 def _create(path: Path, content: bytes) -> bool:
     """Creates a file with this content if there is none; it is there whole or not at all where links are known."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.link(temporary, path)
+        write_once(path, content)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         return _create_in_place(path, content)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
     return True
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpclr.errors import HpclrError, RetryableError, UsageError
-from hpclr.parallel.consultation import consult, ranks_text, sweep, write_private
+from hpclr.files import write_whole
+from hpclr.parallel.consultation import consult, ranks_text, sweep
 from hpclr.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _write_secret(directory: Path) -> Path:
     sweep(directory, ".nonce-*")
     path = directory / f".nonce-{secrets.token_hex(8)}"
     try:
-        write_private(path, secrets.token_bytes(_LENGTH))
+        write_whole(path, secrets.token_bytes(_LENGTH), mode=0o600)
     except OSError as error:
         raise RetryableError(f"Rank 0 cannot write into the run directory {directory}: {error}.") from error
     return path
