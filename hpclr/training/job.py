@@ -21,7 +21,8 @@ from hpclr.config.schema import Oialr, Target
 from hpclr.data.staging import stage
 from hpclr.errors import UsageError
 from hpclr.parallel import mpi
-from hpclr.parallel.attempt import attempt_directory, next_attempt
+from hpclr.parallel.attempt import attempt_directory, attempts, next_attempt
+from hpclr.parallel.diagnosis import post_mortem
 from hpclr.parallel.group import Group, join
 from hpclr.parallel.heartbeat import Heartbeat
 from hpclr.parallel.layout import ALONE, Layout, check_gpus
@@ -84,6 +85,8 @@ class Job:
 
         def make() -> int:
             with writing(directory.path):
+                for earlier in attempts(directory.path)[-1:]:
+                    post_mortem(attempt_directory(directory.path, earlier))  # its processes may not have had the time
                 return next_attempt(directory.path)
 
         number = self.group.on_first(make)

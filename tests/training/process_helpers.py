@@ -1,6 +1,6 @@
 """Runs in several processes for the tests: by torchrun, mpirun and `hpclr launch`, or each as a task of srun.
 
-Importing torch takes a process seconds, so tasks of srun are forked from a process that has done that and nothing
+Importing torch takes a process seconds, so tasks of srun are forked from a process that has done that and little
 else. What they find is what srun leaves: variables, a shared directory, and no launcher that looks after them.
 """
 
@@ -30,7 +30,9 @@ HYGIENE = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", 
 LAUNCHERS = ("torchrun", "mpirun", "launch torchrun", "launch mpirun")
 TASKS = """
 import json, os, sys
-import h5py, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import h5py, rich.progress, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import hpclr.checkpoint, hpclr.config, hpclr.data, hpclr.methods, hpclr.models, hpclr.parallel.replica
+# not hpclr.training: when the watch over the processes is imported, it notes who its parent is
 
 def reply(value):
     print(json.dumps(value), flush=True)

@@ -55,7 +55,7 @@ def check_record(started, what: str, rank: int) -> None:
 
 
 def check_continues(team, size: int, **sections) -> None:
-    """The run goes on after the failure, and gives the result of one that never failed."""
+    """The run goes on after the failure, in fewer processes, and gives the result of one that never failed."""
     failed_at = max(steps_kept(team.bench.run))
     continued = team.srun(size, **sections)
     assert continued.ended() == [0] * size, continued.console
@@ -106,7 +106,7 @@ def test_a_failing_task_of_srun_ends_all(what, rank, team):
     if what == "bug":
         assert 'raise ValueError("a bug in the model")' in started.log(rank)
     if (what, rank) in (("SIGKILL", 2), ("hang", 0)):
-        check_continues(team, 4, **sections)
+        check_continues(team, 2, **sections)
 
 
 QUICK = [("launch torchrun", "SIGKILL", 1), ("launch mpirun", "bug", 1)]
