@@ -197,7 +197,8 @@ def test_fresh_with_a_fault_leaves_the_old_run_where_it_is(bench):
 def test_a_start_that_was_killed_at_once_is_in_nobodys_way(bench):
     bench.run.mkdir(parents=True)
     (bench.run / ".lock").write_text("1")
-    (bench.run / ".tmp-run.yaml-x").write_text("half")
+    for name in (".tmp-run.yaml-x", ".meeting-0123.json", ".nonce-0123"):
+        (bench.run / name).write_text("half")
     bench.train(train={"steps": 2})
     assert summary(bench.run)["steps"] == 2
 
