@@ -74,8 +74,8 @@ def explain(error: BaseException, directory: Path, rank: int, world_size: int, i
 
     Looks often, as launchers give the survivors of a death about a second, but no longer than a few beats.
     """
-    own = outcome_of(error)
-    if world_size == 1 or not is_of_peers(error):
+    own, shared = outcome_of(error), getattr(error, "shared", False)
+    if world_size == 1 or not (shared or is_of_peers(error)):
         return own
     deadline = time.monotonic() + SEARCH
     while time.monotonic() < deadline:
@@ -87,6 +87,8 @@ def explain(error: BaseException, directory: Path, rank: int, world_size: int, i
         if seen is not None:
             return seen.outcome()
         time.sleep(0.02)
+    if shared:
+        return msgspec.structs.replace(own, rank=0)
     seen = diagnose(directory, world_size, interval)
     return Outcome(
         EXIT_RETRY, f"{seen.message}; seen by rank {rank}, whose collective operation failed: {error}", seen.rank

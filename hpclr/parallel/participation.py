@@ -2,6 +2,8 @@
 
 import contextlib
 import faulthandler
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import TextIO
 import msgspec
 
 from hpclr.errors import StopRequestedError
+from hpclr.output import printable
 from hpclr.parallel.attempt import heartbeat_path, log_path
 from hpclr.parallel.diagnosis import explain
 from hpclr.parallel.heartbeat import Heartbeat
@@ -69,6 +72,8 @@ def _end(beat: Heartbeat, directory: Path, log: Log, outcome: Outcome) -> bool:
 
 def _fail(error: BaseException, beat: Heartbeat, directory: Path, log: Log, interval: float) -> None:
     """Finds out whose fault an error is, records it, and raises it in a form that says so."""
+    if beat.world_size > 1:
+        _let_finish()
     doing = beat.record().doing
     beat.phase(f"giving up {beat.now.phase}")  # in which it waits for nobody
     log.write("".join(traceback.format_exception(error)))
@@ -80,13 +85,21 @@ def _fail(error: BaseException, beat: Heartbeat, directory: Path, log: Log, inte
     first = record_outcome(directory, outcome)
     beat.last_word("failed" if own else "left", outcome.code, outcome.message)
     log.write(f"hpclr: {outcome.message}")
-    if not first:
-        log.silence()
     if beat.world_size == 1:
         raise error
+    if first:
+        log.speak(f"hpclr: {printable(outcome.message)}")  # now: there may be no later
+    log.silence()
     failed = AttemptFailedError(outcome)
-    failed.shared = not first
+    failed.shared = True
     raise failed from error
+
+
+def _let_finish() -> None:
+    """Launchers end the survivors of a death at once; this one has a report to write, and ends by itself."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _placed(outcome: Outcome, beat: Heartbeat) -> Outcome:

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -75,7 +76,12 @@ class Replica(nn.Module):
         self.module = module
         self.group = Group()
         self.placement = _placement(self.group, svd, heat_rank, doing)
-        self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": unused_parameters}
+        look = unused_parameters or (self.group.size > 2 and _is_on_cpu(module))
+        if look and not unused_parameters:
+            warnings.filterwarnings(
+                "ignore", message="find_unused_parameters=True was specified"
+            )  # it costs little here
+        self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": look}
         self._synchronise = True
         self._ddp: tuple[DistributedDataParallel] | None = None  # in a tuple: no submodule of this one
         self._reduced: list[nn.Parameter] = []
@@ -120,6 +126,11 @@ class Replica(nn.Module):
         """Bytes of gradients that every step reduces over the processes."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
 
+    def prepare(self) -> None:
+        """Makes DDP anew now, if that is due, rather than in the next forward pass of training; collective."""
+        if self.group.size > 1:
+            self._current()
+
     def _current(self) -> DistributedDataParallel:
         """DDP for the shapes that the parameters have now."""
         if self._ddp is None or [p.shape for p in self._reduced] != self._shapes:
@@ -144,6 +155,16 @@ class Replica(nn.Module):
         if self._ddp is not None:
             self._ddp = None
             gc.collect()
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    """Whether runs are to repeat to the bit.
+
+    DDP packs gradients into its messages anew after its first step, in the order in which they came. The rounding of a
+    sum of three or more depends on the place in a message, so that a run that is resumed would differ by a step
+    in the old order. DDP does not do so where it looks for unused parameters.
+    """
+    return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
 def _placement(group: Group, svd: Svd, heat_rank: float, doing: Doing) -> Placement:

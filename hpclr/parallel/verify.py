@@ -27,7 +27,9 @@ def require_equal(group: Group, facts: Mapping[str, str]) -> None:
     for what in facts:
         values = [one[what] for one in found]
         if len(set(values)) > 1:
-            raise ReplicasDifferError(_difference(what, values))
+            error = ReplicasDifferError(_difference(what, values))
+            error.shared = not group.is_first
+            raise error
 
 
 def _difference(what: str, values: list[str]) -> str:

@@ -98,8 +98,7 @@ class Trainer:
         set_learning_rate(parts.optimizer, rate)
         self.job.doing("reading data", step)
         batch = next(self.batches).to(parts.device)
-        self.job.doing("computing gradients with the others", step, waiting=True)
-        loss = self._accumulate(batch)
+        loss = self._accumulate(batch, step)
         if parts.run.train.clip_norm is not None:
             parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
         parts.precision.step(parts.optimizer)
@@ -107,19 +106,24 @@ class Trainer:
         self.position.step += 1
         self.losses.add(self.position.step, loss, epoch=step // len(parts.loader), lr=rate)
 
-    def _accumulate(self, batch: Batch) -> Tensor:
+    def _accumulate(self, batch: Batch, step: int) -> Tensor:
         """Gradients of a batch, in pieces that fit in memory, each weighted by its samples; its part of the loss.
 
         The replica takes the mean of the processes' gradients; a factor of their number makes it the sum.
         """
         parts, total = self.parts, torch.zeros((), dtype=torch.float64, device=self.parts.device)
         pieces = list(batch.split(parts.run.train.micro_batch or len(batch.y)))
+        self.job.doing("preparing to add up gradients", step, waiting=True)
+        parts.replica.prepare()
+        self.job.doing("computing gradients", step)
         for number, piece in enumerate(pieces, start=1):
             weight = batch.weight * len(piece.y) / len(batch.y)
             with nullcontext() if number == len(pieces) else parts.replica.no_sync():
                 with parts.precision.context():
                     loss: Tensor = parts.task.loss(parts.replica(piece.x), piece) * weight
                 total += loss.detach()
+                if number == len(pieces):
+                    self.job.doing("adding up gradients over the processes", step, waiting=True)
                 parts.precision.backward((loss + parts.method.penalty() * weight) * self.group.size)
         return total
 

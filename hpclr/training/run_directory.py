@@ -16,7 +16,7 @@ from hpclr.files import write_whole
 
 RUNS_VARIABLE = "HPCLR_RUNS"
 _LOCK = ".lock"
-_LEFTOVERS = (_LOCK, ".tmp-", ".meeting-", ".nonce-")  # of a start that is under way or was killed; no run yet
+_LEFTOVERS = (_LOCK, ".tmp-", ".meeting-", ".nonce-", "logs")  # of a start under way, or that was killed: no run yet
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # trying again changes nothing
 
 

@@ -132,7 +132,8 @@ class Tasks:
 
     def __init__(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen([sys.executable, "-c", TASKS], text=True, env=environment(), **pipes)
+        line = [sys.executable, "-c", TASKS]  # which looks for packages in the current directory, too
+        self._process = subprocess.Popen(line, text=True, cwd=os.sep, env=environment(), **pipes)
 
     def start(self, **order: Any) -> int:
         """The pid of a new process."""
