@@ -78,9 +78,7 @@ class Replica(nn.Module):
         self.placement = _placement(self.group, svd, heat_rank, doing)
         look = unused_parameters or (self.group.size > 2 and _is_on_cpu(module))
         if look and not unused_parameters:
-            warnings.filterwarnings(
-                "ignore", message="find_unused_parameters=True was specified"
-            )  # it costs little here
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": look}
         self._synchronise = True
         self._ddp: tuple[DistributedDataParallel] | None = None  # in a tuple: no submodule of this one

@@ -17,8 +17,9 @@ HEAT = {"name": "oialr", "delay": 0.5, "every": 0.25, "cutoff": 0.3, "layer_frac
 
 def mpirun(processes: int, bench, file: Path) -> subprocess.CompletedProcess[str]:
     beside = str(Path(sys.executable).parent)
+    command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(processes)]
     return subprocess.run(
-        ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(processes), sys.executable, "-m", "hpclr", "train", file],
+        [*command, sys.executable, "-m", "hpclr", "train", file],
         capture_output=True,
         text=True,
         timeout=100,
