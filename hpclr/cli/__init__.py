@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from hpclr.errors import EXIT_ERROR, HpclrError
-from hpclr.output import let_go_of_dead_streams, printable, say
+from hpclr.output import end_at_once, let_go_of_dead_streams, printable, say
 from hpclr.version import __version__
 
 COMMANDS = {
@@ -26,6 +26,8 @@ COMMANDS = {
 
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _MOMENT = 1.0  # seconds
+
+with_others = False  # whether this process is one of many, and has no time to lose at its end
 
 
 class LazyGroup(click.Group):
@@ -84,6 +86,8 @@ def _report(error: Exception, code: int, debug: bool) -> NoReturn:
         say(printable("".join(traceback.format_exception(error))))
     if _is_mine_to_say(error, code):
         say(printable(f"hpclr: {kind}{error}{hint}"))
+    if with_others:
+        end_at_once(code)
     sys.exit(code)
 
 

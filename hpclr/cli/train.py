@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from hpclr import cli
+
 
 @click.command()
 @click.argument("run_file", type=click.Path(path_type=Path))
@@ -22,10 +24,13 @@ def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fre
     from hpclr.training.processes import who_am_i
 
     layout = who_am_i(run.parallel.launcher)
-    from hpclr.output import Unfailing
+    cli.with_others = layout.world_size > 1
+    from hpclr.output import Unfailing, end_at_once
     from hpclr.training.run import train as train_run
     from hpclr.training.run_directory import runs_directory
 
     directory = train_run(run, runs_directory(runs_dir), fresh=fresh, layout=layout)
     if layout.rank == 0:
         print(directory.path, file=Unfailing(sys.stdout), flush=True)
+    if cli.with_others:
+        end_at_once(0)

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from hpclr.methods.placement import Placement
+
 
 def check_settings(
     every: float,
@@ -36,6 +38,12 @@ def _require(holds: bool, name: str, found: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, found {found!r}")
 
 
+def placement_of(model: nn.Module) -> Placement | None:
+    """What a replica says of who examines which layer; None for any other model."""
+    found = getattr(model, "placement", None)
+    return found if isinstance(found, Placement) else None
+
+
 def check_model(model: nn.Module) -> nn.Module:
     """The module whose layers are to be converted: inside a replica or a compiled one, the original.
 
@@ -44,7 +52,7 @@ def check_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
-    inside: Any = model.module if hasattr(model, "placement") else model  # a replica
+    inside: Any = model if placement_of(model) is None else model.module
     original: nn.Module = getattr(inside, "_orig_mod", inside)  # torch.compile's wrapper
     if isinstance(original, (DataParallel, DistributedDataParallel)):
         raise TypeError(

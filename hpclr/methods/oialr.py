@@ -27,7 +27,7 @@ from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
 from hpclr.lowrank.ranks import noise_estimated_by, with_noise
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_layers, check_model, check_saved, check_settings
+from hpclr.methods.checks import check_layers, check_model, check_saved, check_settings, placement_of
 from hpclr.methods.placement import Here, Outcome, Placement
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.methods.stability import StabilityTracker
@@ -115,7 +115,7 @@ class OIALR(Method):
         )
         self._max_cut, self._min_rank = exact(max_cut), exact(min_rank)
         self._when_stable, self._when_it_pays = freeze == "stable", convert == "when_it_pays"
-        self._placement: Placement = placement or getattr(model, "placement", None) or Here()
+        self._placement = placement or placement_of(model) or Here()
         self._hooks: list[ChangeHook] = []
         self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr, [s.parameter for s in chosen.eligible])
         self._tracker = StabilityTracker(stability_threshold)
@@ -196,7 +196,7 @@ class OIALR(Method):
         covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
         for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)).items():
             self._apply(self._sites[name], outcome)
-        self._placement.confirm(self.ranks, [f for s in self._sites.values() if s.is_lowrank for f in s.factors])
+        self._placement.confirm(self.ranks, self._model.parameters())
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         try:

@@ -1,7 +1,7 @@
 """Who computes what: methods are handed this, and know nothing else of other processes."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class Outcome(NamedTuple):
 Examine = Callable[[str], Outcome]
 
 
+@runtime_checkable
 class Placement(Protocol):
     """Shares out the examination of layers over processes, all of which call the same methods at the same step."""
 
@@ -53,8 +54,8 @@ class Placement(Protocol):
         """What is remembered of all layers, on the first process; for checkpoints."""
         ...
 
-    def confirm(self, ranks: Mapping[str, int], factors: Iterable[Tensor]) -> None:
-        """Raises an error if ranks or factors are not the same to the bit on all processes."""
+    def confirm(self, ranks: Mapping[str, int], parameters: Iterable[Tensor]) -> None:
+        """Raises an error if ranks or parameters are not the same to the bit on all processes."""
         ...
 
 
@@ -75,5 +76,5 @@ class Here:
         """Everything is here."""
         return dict(memory)
 
-    def confirm(self, ranks: Mapping[str, int], factors: Iterable[Tensor]) -> None:
+    def confirm(self, ranks: Mapping[str, int], parameters: Iterable[Tensor]) -> None:
         """There is nobody to differ from."""

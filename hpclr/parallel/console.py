@@ -22,7 +22,7 @@ class Console:
         self._writing: list[int] = []
         self.prefix: list[str] = []
         if Path("/proc/self/fd").is_dir():  # else processes write wherever their launcher lets them
-            self.prefix = ["sh", "-c", _IN_SHELL, "sh", self._door(1), self._door(2)]
+            self.prefix = ["/bin/sh", "-c", _IN_SHELL, "sh", self._door(1), self._door(2)]
 
     def __enter__(self) -> "Console":
         return self

@@ -6,6 +6,7 @@ depend on their order, so that the number is the same on every device and for an
 guards against mistakes and faults of the machine, not against an adversary.
 """
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,7 @@ def _digest(tensor: Tensor) -> int:
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for number, block in enumerate(words.split(_BLOCK)):
         block = block.to(torch.int64)
+        block = block ^ ((block >> 32) & 0xFFFFFFFF)  # else an even number of changed signs would cancel modulo 2⁶⁴
         whole = block.numel() // _ROW * _ROW
         rows = (block[:whole].view(-1, _ROW) * weights).sum(1)
         rest = (block[whole:] * weights[: block.numel() - whole]).sum()
@@ -45,6 +47,7 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(of_size[tensor.element_size()])
 
 
+@functools.cache
 def _weights(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     numbers = torch.randint(-(2**62), 2**62, (_ROW,), generator=generator)

@@ -36,6 +36,7 @@ class Group:
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
         nccl_only = together and dist.get_backend() == "nccl"
+        self._by_gloo_alone = together and dist.get_backend() == "gloo"
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl_only else torch.device("cpu")
 
     @property
@@ -44,8 +45,14 @@ class Group:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits for all processes."""
-        self.sum(torch.zeros(1))
+        """Waits for all processes.
+
+        Without a tensor of Python's, which gloo's threads may give back when Python is no longer there, and abort.
+        """
+        if self.size > 1 and self._by_gloo_alone:
+            dist.barrier()
+        else:
+            self.sum(torch.zeros(1))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes of tensors of one shape and type, on the device of the argument."""

@@ -70,13 +70,13 @@ class Rank0:
         """Everything remembered is on the first process."""
         return dict(memory)
 
-    def confirm(self, ranks: Mapping[str, int], factors: Iterable[Tensor]) -> None:
-        """Compares ranks and factors over all processes.
+    def confirm(self, ranks: Mapping[str, int], parameters: Iterable[Tensor]) -> None:
+        """Compares ranks and parameters, frozen factors included, over all processes.
 
         Raises:
             ReplicasDifferError: naming the processes that differ.
         """
-        require_equal(self._group, {"ranks": repr(sorted(ranks.items())), "factors": str(digest(factors))})
+        require_equal(self._group, {"ranks": repr(sorted(ranks.items())), "parameters": str(digest(parameters))})
 
 
 class Spread(Rank0):

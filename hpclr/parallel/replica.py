@@ -25,6 +25,10 @@ _BUFFERS = next(
 )
 
 
+def _unheard(what: str, *, waiting: bool) -> None:
+    """Nobody asks what this process does."""
+
+
 class Replica(nn.Module):
     """A model of which every process holds a copy; gradients are averaged over the processes.
 
@@ -65,7 +69,7 @@ class Replica(nn.Module):
         heat_rank: float = 0.5,
         broadcast_buffers: bool = True,
         unused_parameters: bool = False,
-        doing: Doing = lambda what, waiting: None,
+        doing: Doing = _unheard,
     ) -> None:
         super().__init__()
         if isinstance(module, (DistributedDataParallel, nn.DataParallel, Replica)):
@@ -87,14 +91,26 @@ class Replica(nn.Module):
         self.synchronise(module.state_dict(keep_vars=True).values())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass; in training, the backward pass averages the gradients over all processes."""
-        if self.group.size == 1 or not (self.training and torch.is_grad_enabled()):
+        """The model's forward pass; the backward pass averages the gradients over all processes.
+
+        Under `torch.no_grad()` it is the model's own, for one process or all; else all must call it.
+
+        Raises:
+            RuntimeError: if the processes were joined only after this object was made.
+        """
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        if self.group.size == 1:
+            _refuse_late_group()
             return self.module(*args, **kwargs)
         ddp = self._current()
         if self._synchronise:
             return ddp(*args, **kwargs)
         with ddp.no_sync():
             return ddp(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ddp": None, "_reduced": [], "_shapes": []}  # a copy makes its own
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -110,7 +126,7 @@ class Replica(nn.Module):
         if self.group.size == 1:
             return
         mine = [t.detach() for t in tensors if isinstance(t, Tensor)]
-        _, first = self.group.broadcast([list(t.shape) for t in mine], mine)
+        _, first = self.group.broadcast(None, mine)
         with torch.no_grad():
             for tensor, content in zip(mine, first, strict=True):
                 tensor.copy_(content)
@@ -153,6 +169,15 @@ class Replica(nn.Module):
         if self._ddp is not None:
             self._ddp = None
             gc.collect()
+
+
+def _refuse_late_group() -> None:
+    size = Group().size
+    if size > 1:
+        raise RuntimeError(
+            f"this Replica was made before init_process_group joined {size} processes, so it would train alone; make "
+            "it after that"
+        )
 
 
 def _is_on_cpu(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ def _difference(what: str, values: list[str]) -> str:
     who = f"ranks {', '.join(odd)} differ from the other {count}" if count > len(odd) else "no majority agrees"
     return (
         f"the {what} are not the same on all {len(values)} processes ({who}), though they must be, to the bit. "
-        "Processes on CPUs of different kinds, with different numbers of threads, or code that draws random numbers "
-        "of its own can cause this; so can a faulty machine. Continue from the last checkpoint on equal nodes."
+        "A forward pass that went around the replica, so that its gradients were not reduced, can cause this; so can "
+        "CPUs of different kinds, different numbers of threads, code that draws random numbers of its own, or a "
+        "faulty machine. Mend that and continue from the last checkpoint."
     )

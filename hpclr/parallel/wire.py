@@ -19,7 +19,7 @@ def pack(value: Any, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     head = len(text).to_bytes(_HEADER, "little") + text
     parts = [torch.frombuffer(bytearray(_padded(head)), dtype=torch.uint8).to(device)]
     for tensor in tensors:
-        raw = tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8)
+        raw = tensor.detach().to(device).resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         parts += [raw, raw.new_zeros(-raw.numel() % _ALIGNMENT)]
     return torch.cat(parts)
 

@@ -152,14 +152,13 @@ def assembled(run: RunFile, directory: RunDirectory, layout: Layout) -> Iterator
         _check_devices(processes)
         timeout = _PATIENCE * run.parallel.timeout
         group = join(circle.store, layout.rank, layout.world_size, backend=backend, timeout=timeout, device=device)
-        try:
-            threads = use_threads(run.train.threads, _sharers(processes, layout.rank))
-            yield Job(layout, group, device, threads, [one.host for one in processes], circle)
-            group.barrier()
-            if _needs_mpi(run):
-                mpi.leave()
-        finally:
-            dist.destroy_process_group()
+        threads = use_threads(run.train.threads, _sharers(processes, layout.rank))
+        yield Job(layout, group, device, threads, [one.host for one in processes], circle)
+        # after an error the process just ends: what the others owe it may be waited for in here
+        group.barrier()
+        if _needs_mpi(run):
+            mpi.leave()
+        dist.destroy_process_group()
 
 
 def _meet(run: RunFile, directory: RunDirectory, layout: Layout) -> Circle:

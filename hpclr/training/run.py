@@ -41,6 +41,7 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False, layout: Layout = ALO
         with parts.dataset, ExitStack() as held:
             job.group.on_first(lambda: _take(held, directory, run, fresh))
             _train_locked(parts, directory)
+            parts.replica.renew()  # what it holds of the other processes goes before they part
     return directory
 
 

@@ -6,8 +6,11 @@ from together import together
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives(size):
-    for rank, got in enumerate(together(size, "collectives.py")):
+    results = together(size, "collectives.py")
+    for rank, got in enumerate(results):
         first = rank == 0
+        assert got["eval_mode"] == results[0]["eval_mode"]
+        assert "a forward pass that went around the replica" in got["went_around"][1].lower()
         assert got["sum"] == [size, sum(range(size))]
         assert got["gather"] == [[r] * r for r in range(size)]
         assert got["broadcast"] == [{"from": size - 1}, [size - 1] * 3]

@@ -1,10 +1,15 @@
 """Replicas that train together: the same as one process, equal among themselves, and little on the wire."""
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
 from together import together
+from torch import nn
+
+from hpclr.parallel import Replica
 
 
 @functools.cache
@@ -55,3 +60,33 @@ def test_only_what_is_trained_goes_over_the_wire(processes):
         sigmas = sum(k * k for k in ranks.values())
         rest = (32 + 32 + 24 + 5) + 24 * 5  # the biases, and the head
         assert replica["counted"] == 8 * (sigmas + rest) == replica["trained"]
+
+
+def test_a_replica_can_be_copied_and_pickled():
+    replica = Replica(nn.Linear(3, 3))
+    for other in (copy.deepcopy(replica), pickle.loads(pickle.dumps(replica))):
+        assert torch.equal(other(torch.ones(3)), replica(torch.ones(3)))
+
+
+def test_a_replica_from_before_the_processes_met_is_refused(tmp_path):
+    program = tmp_path / "early.py"
+    program.write_text(EARLY)
+    for found in together(2, str(program)):
+        assert "made before init_process_group joined 2 processes" in found
+
+
+EARLY = """
+import json, os
+from pathlib import Path
+import torch, torch.distributed as dist
+from hpclr.parallel import Replica
+
+replica = Replica(torch.nn.Linear(2, 2))
+dist.init_process_group("gloo")
+try:
+    replica(torch.ones(2))
+except RuntimeError as error:
+    (Path(os.environ["RESULTS"]) / f"{dist.get_rank()}.json").write_text(json.dumps(str(error)))
+dist.barrier()
+dist.destroy_process_group()
+"""

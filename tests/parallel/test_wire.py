@@ -44,6 +44,15 @@ def test_any_changed_element_changes_the_digest(dtype):
         assert digest([changed]) != before
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:4])
+def test_changed_signs_change_the_digest(dtype):
+    """Of a singular vector, say: an even number of them, in the highest bit of each word."""
+    tensor = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    flipped = tensor.clone()
+    flipped[:, 3] *= -1
+    assert len({digest([tensor]), digest([flipped]), digest([-tensor])}) == 3
+
+
 def test_order_shape_and_place_count():
     a, b = torch.zeros(3), torch.ones(3)
     assert digest([a, b]) != digest([b, a])

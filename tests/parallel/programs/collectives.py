@@ -50,6 +50,36 @@ result = {
     "drifted": raised(lambda: require_equal(group, {"weights": str(drifted.sum())})),
     "kind": ReplicasDifferError.__name__,
 }
+from torch import nn  # noqa: E402
+
+from hpclr import OIALR  # noqa: E402
+from hpclr.parallel import Replica  # noqa: E402
+
+
+def gradient(prepare):
+    """Of a weight, after a backward pass on data of this process's own."""
+    torch.manual_seed(0)
+    replica = Replica(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
+    prepare(replica)
+    replica(torch.full((2, 4), 1.0 + rank)).sum().backward()
+    return replica.module[0].weight.grad.tolist()
+
+
+def went_around():
+    """Some gradients are not reduced, though nothing that a check replaces differs."""
+    torch.manual_seed(0)
+    replica = Replica(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)))
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
+    oialr = OIALR(replica, optimizer, delay=1, every=1, layer_fraction=1.0)
+    for step in range(3):
+        replica.module(torch.full((2, 6), 1.0 + rank + step)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oialr.step()
+
+
+result["eval_mode"] = gradient(lambda replica: replica.eval())
+result["went_around"] = raised(went_around)
 (Path(os.environ["RESULTS"]) / f"{rank}.json").write_text(json.dumps(result))
 group.barrier()
 dist.destroy_process_group()
