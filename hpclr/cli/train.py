@@ -1,5 +1,6 @@
 """`hpclr train`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def train(run_file: Path, overrides: tuple[str, ...], runs_dir: Path | None, fre
 
     layout = who_am_i(run.parallel.launcher)
     cli.with_others = layout.world_size > 1
+    if cli.with_others:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what broken connections log is said here in other words
     from hpclr.output import Unfailing, end_at_once
     from hpclr.training.run import train as train_run
     from hpclr.training.run_directory import runs_directory

@@ -114,7 +114,7 @@ def test_whoever_starts_them(launcher, size, team):
 def test_a_replica_that_differs_ends_the_run(team):
     parallel = {"timeout": 20, "verify_every": 2}
     model = own_model(team.bench)
-    started = team.srun(4, model=model, parallel=parallel, variables={"TROUBLE": "flip:1:2"})
+    started = team.srun(4, model=model, method={"name": "dense"}, parallel=parallel, variables={"TROUBLE": "flip:1:2"})
     assert started.ended() == [1] * 4, started.console
     said = errors(started.console)
     assert len(said) == 1
