@@ -6,11 +6,27 @@ valid one again; `load_file` reads a single file. The format is described in
 `docs/checkpoint-format.md`.
 """
 
-from hpclr.checkpoint.format import write_tree
-from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
-from hpclr.checkpoint.store import CheckpointStore, Loaded, load_file
-from hpclr.checkpoint.tree import Json, Tree, TreeLike
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
+    from hpclr.checkpoint.store import CheckpointStore, Loaded, load_file
+    from hpclr.checkpoint.tree import Json, Tree, TreeLike
+    from hpclr.checkpoint.writer import write_tree
+
+_MODULES = {
+    "CheckpointStore": "store",
+    "Json": "tree",
+    "Loaded": "store",
+    "NewerVersionError": "reader",
+    "Tree": "tree",
+    "TreeLike": "tree",
+    "load_file": "store",
+    "read_attrs": "reader",
+    "read_tree": "reader",
+    "write_tree": "writer",
+}
 __all__ = [
     "CheckpointStore",
     "Json",
@@ -23,3 +39,9 @@ __all__ = [
     "read_tree",
     "write_tree",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from hpclr.checkpoint.digest import SUFFIX, check_digest, read_sidecar, sha256_of, sidecar_of, write_sidecar
 from hpclr.checkpoint.failpoint import failpoint
-from hpclr.checkpoint.format import size_on_disk, write_tree
 from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
 from hpclr.checkpoint.tree import Tree, TreeLike
+from hpclr.checkpoint.writer import size_on_disk, write_tree
 from hpclr.errors import RetryableError, UsageError
 from hpclr.files import synchronise, write_whole
 

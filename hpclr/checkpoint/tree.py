@@ -4,9 +4,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch  # loaded late: a file is examined without it
 
 Tree: TypeAlias = dict[str, "Tree | torch.Tensor | Json"]
 TreeLike: TypeAlias = Mapping[str, "TreeLike | torch.Tensor | Json"]

@@ -15,8 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from hpclr.checkpoint import Json, NewerVersionError, read_attrs, read_tree, write_tree
-from hpclr.checkpoint.format import STORED_AS, size_on_disk
+from hpclr.checkpoint.format import STORED_AS
 from hpclr.checkpoint.tree import decode_json, encode_json
+from hpclr.checkpoint.writer import size_on_disk
 from hpclr.errors import UsageError
 
 DTYPES = [getattr(torch, name) for name in STORED_AS]
