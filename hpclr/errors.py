@@ -9,6 +9,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_RETRY = 75
 EXIT_REQUEUE = 85
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class HpclrError(Exception):
@@ -42,3 +43,21 @@ class StopRequestedError(HpclrError):
 
 class TrainingDivergedError(HpclrError):
     """The loss is no longer finite; the message names the step and the last good checkpoint."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What an error ends a command with: its own code, 75 for faults of input and output that may pass, else 1."""
+    if isinstance(error, HpclrError):
+        return error.exit_code
+    return EXIT_RETRY if isinstance(error, OSError) and not isinstance(error, _LASTING) else EXIT_ERROR
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; one that nobody raised for a person to read says that, too."""
+    return str(error) if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: {error}"
+
+
+def error_of(code: int, message: str) -> HpclrError:
+    """The error that another process raised, from the exit code and the message that it sent."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, RetryableError, StopRequestedError)}
+    return kinds.get(code, HpclrError)(message)

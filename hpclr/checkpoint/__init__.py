@@ -2,24 +2,27 @@
 
 The room knows nothing of models or training. A checkpoint is a nested tree: dictionaries hold
 dictionaries, tensors and `Json` values. `CheckpointStore` saves trees by step and finds the newest
-valid one again; `load_file` reads a single file. The format is described in
-`docs/checkpoint-format.md`.
+valid one again, `BackgroundSaver` does so while training goes on; `load_file` reads a single file.
+The format is described in `docs/checkpoint-format.md`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpclr.checkpoint.background import BackgroundSaver, SaveReport
     from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
     from hpclr.checkpoint.store import CheckpointStore, Loaded, load_file
     from hpclr.checkpoint.tree import Json, Tree, TreeLike
     from hpclr.checkpoint.writer import write_tree
 
 _MODULES = {
+    "BackgroundSaver": "background",
     "CheckpointStore": "store",
     "Json": "tree",
     "Loaded": "store",
     "NewerVersionError": "reader",
+    "SaveReport": "background",
     "Tree": "tree",
     "TreeLike": "tree",
     "load_file": "store",
@@ -28,10 +31,12 @@ _MODULES = {
     "write_tree": "writer",
 }
 __all__ = [
+    "BackgroundSaver",
     "CheckpointStore",
     "Json",
     "Loaded",
     "NewerVersionError",
+    "SaveReport",
     "Tree",
     "TreeLike",
     "load_file",

@@ -6,14 +6,23 @@ of the same step: until that is over, either content is good.
 """
 
 import hashlib
+import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import TypeAlias
 
+from hpclr.checkpoint.failpoint import failpoint
 from hpclr.errors import UsageError
 from hpclr.files import write_whole
 
 SUFFIX = ".sha256"
-_BLOCK = 1 << 20
+_BLOCK = 4 << 20  # bytes read or written at once
+_LONG = 1 << 20  # pieces of so many bytes are not copied to make longer ones
+_BLOCKS_BEHIND = 256  # how far hashing may fall behind: the rest, up to 1 GiB, is hashed while the disk is waited for
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _MAX_SIDECAR_BYTES = 4096
 
@@ -24,13 +33,94 @@ def sidecar_of(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal, read in blocks of 1 MiB."""
+    """The SHA-256 of a file's bytes in hexadecimal, read in blocks of 4 MiB."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
+
+
+_Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+def write_hashed(path: Path, pieces: Iterable[_Bytes]) -> str:
+    """Write the new file `path`, down to the disk, and hash what is written by a second thread meanwhile.
+
+    Returns:
+        The SHA-256 of the bytes that were written, in hexadecimal.
+
+    Raises:
+        OSError: the file exists or cannot be written; what was written of it is left there.
+    """
+    with path.open("xb", buffering=0) as file, _Hasher() as hasher:
+        for block in _blocks(pieces):
+            hasher.follow(block)
+            _write(file, block)
+            failpoint("in_data")
+        failpoint("after_data")
+        os.fsync(file.fileno())
+    return hasher.hexdigest()
+
+
+class _Hasher(Thread):
+    """Hashes blocks of bytes in a thread, some way behind the one that hands them over."""
+
+    def __init__(self) -> None:
+        super().__init__(name="hpclr-digest", daemon=True)  # whatever interrupts, it holds up no exit
+        self._digest = hashlib.sha256()
+        self._blocks: Queue[_Bytes | None] = Queue(_BLOCKS_BEHIND)
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "_Hasher":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.put(None)
+        self.join()
+
+    def follow(self, block: _Bytes) -> None:
+        """Hash this block next; waits if too many are waiting already."""
+        self._blocks.put(block)
+
+    def hexdigest(self) -> str:
+        """The digest of all blocks, after the `with` block."""
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def run(self) -> None:
+        """The thread: takes blocks up to None, whatever happens, so that `follow` never waits for good."""
+        while (block := self._blocks.get()) is not None:
+            try:
+                self._digest.update(block)
+            except BaseException as error:
+                self._error = error
+
+
+def _blocks(pieces: Iterable[_Bytes]) -> Iterator[_Bytes]:
+    """The same bytes in blocks: long pieces are cut without being copied, short ones are put together."""
+    together = bytearray()
+    for piece in pieces:
+        is_long = len(piece) >= _LONG
+        if not is_long:
+            together += piece
+        if is_long or len(together) >= _BLOCK:
+            yield together
+            together = bytearray()
+        if is_long:
+            view = memoryview(piece)
+            yield from (view[first : first + _BLOCK] for first in range(0, len(view), _BLOCK))
+    yield together
+
+
+def _write(file: FileIO, block: _Bytes) -> None:
+    """All of a block: on a file without a buffer, one call may write less."""
+    rest = memoryview(block)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def write_sidecar(path: Path, *digests: str) -> None:
@@ -64,11 +154,19 @@ def check_digest(path: Path) -> None:
         UsageError: the sidecar is missing or damaged, or the content has another digest.
     """
     recorded = read_sidecar(path)
-    found = sha256_of(path)
+    check_found(path, sha256_of(path), recorded, path.stat().st_size)
+
+
+def check_found(path: Path, found: str, recorded: Sequence[str], size: int) -> None:
+    """Compare the digest of the `size` bytes that were read from `path` with those recorded.
+
+    Raises:
+        UsageError: it is none of them.
+    """
     if found not in recorded:
         raise UsageError(
             f"{path}: the content has changed since it was saved: expected sha256 {' or '.join(recorded)} "
-            f"(from {path.name}{SUFFIX}), found {found} over {path.stat().st_size} bytes. "
+            f"(from {path.name}{SUFFIX}), found {found} over {size} bytes. "
             "Use another checkpoint, or fetch this one again from a good copy."
         )
 

@@ -1,7 +1,7 @@
 """What writer and reader of a checkpoint file must agree on (`docs/checkpoint-format.md`)."""
 
 FORMAT = "hpclr-checkpoint"
-VERSION = 1
+VERSION = 2
 
 STORED_AS: dict[str, str] = {
     **dict.fromkeys(("bool", "uint8"), "uint8"),

@@ -13,13 +13,16 @@ import math
 import os
 import re
 import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from hpclr.checkpoint.digest import SUFFIX, check_digest, read_sidecar, sha256_of, sidecar_of, write_sidecar
 from hpclr.checkpoint.failpoint import failpoint
-from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree
+from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree, read_verified
 from hpclr.checkpoint.tree import Tree, TreeLike
 from hpclr.checkpoint.writer import size_on_disk, write_tree
 from hpclr.errors import RetryableError, UsageError
@@ -32,9 +35,17 @@ _SIDECAR_NAME = re.compile(_NAME.pattern + re.escape(SUFFIX))
 _TEMPORARY = ".tmp-"
 _TRASH = ".trash-"
 _BEST = "best.json"
+_PAUSE = 0.5
+_VANISHED = (errno.ENOENT, errno.ESTALE)
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free space there, or have the quota raised"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make the directory writable"),
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Your quota is used up, whatever the file system has left: free space or have the quota raised",
+    errno.EFBIG: "Files may not become so large: have that limit raised (`ulimit -f` shows it)",
+    errno.EROFS: "The file system is mounted read-only, some are after a fault: have it mounted writable again",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the directory writable for the user who runs this"),
+    errno.EIO: "The disk, or the network to it, has failed: have it looked after",
+    errno.ESTALE: "The file server no longer knows the directory: have it mounted again",
+    errno.ENOENT: "The run directory has vanished: put it back, or have its file system mounted",
 }
 
 
@@ -47,26 +58,32 @@ class Loaded:
     tree: Tree
 
 
-def load_file(path: Path, only: str | None = None, *, verify: bool = True) -> Loaded:
+def load_file(
+    path: Path, only: str | None = None, *, verify: bool = True, digests: Sequence[str] | None = None
+) -> Loaded:
     """Read one checkpoint, wherever it lies.
 
     Args:
         path: the HDF5 file.
         only: read this top-level key of the tree alone.
         verify: check the file against its `.sha256` first; without, a damaged file may be read.
+        digests: the SHA-256 digests that the file may have, instead of those in its `.sha256`.
 
     Raises:
         UsageError: missing, damaged, without its digest, or not a checkpoint that this hpclr reads.
     """
     try:
-        return _read(path, only, verify)
+        return _read(path, only, verify, digests)
     except OSError as error:
         raise UsageError(
             f"{path}: the checkpoint cannot be read: {error.strerror or error}. Check the file."
         ) from error
 
 
-def _read(path: Path, only: str | None, verify: bool) -> Loaded:
+def _read(path: Path, only: str | None, verify: bool, digests: Sequence[str] | None = None) -> Loaded:
+    if verify and only is None and path.is_file():
+        attrs, tree = read_verified(path, digests or read_sidecar(path))
+        return Loaded(int(attrs["step"]), path, tree)
     if verify and path.is_file():
         check_digest(path)
     attrs = read_attrs(path)
@@ -128,9 +145,9 @@ class CheckpointStore:
             self._commit(step, tree, attrs, size)
             if best:
                 self._record_best(step, metric)
+            self._retain(step)
         except OSError as error:
             raise self._save_failed(step, size, error) from error
-        self._retain(step)
         return self.path(step)
 
     def load_newest(self) -> Loaded | None:
@@ -143,21 +160,37 @@ class CheckpointStore:
             UsageError: checkpoints were committed, but none is valid; or the newest is of a newer format.
             RetryableError: a file cannot be read for a reason that is not its content.
         """
-        self._set_aside_uncommitted()
-        for step in reversed(self.steps()):
+        try:
+            return self._newest()
+        except OSError as error:
+            if error.errno not in _VANISHED:
+                raise self._load_failed(error) from error
+            logger.warning("%s: listed anew, because a file vanished: %s", self.directory, error)
+        try:  # a file server's view of a directory may lag behind
+            return self._newest()
+        except OSError as error:
+            raise self._load_failed(error) from error
+
+    def load(self, step: int, patience: float = 60.0) -> Loaded:
+        """Read the checkpoint of a step that another process, perhaps on another host, has found to be good.
+
+        Args:
+            step: of the checkpoint.
+            patience: seconds to wait until a network file system shows it here as well.
+
+        Raises:
+            UsageError: it is damaged as it is seen from here.
+            RetryableError: it does not appear, or cannot be read.
+        """
+        deadline = time.monotonic() + patience
+        while True:
             try:
-                return self._load(step)
-            except NewerVersionError:
-                raise
-            except UsageError as error:
-                self._set_aside(step, str(error))
+                return self._load_if_there(step)
             except OSError as error:
-                raise RetryableError(
-                    f"{self.path(step)}: the checkpoint cannot be read: {error}. Check that the file system is "
-                    "mounted and the file readable, then start again; or move the file away to use the one before."
-                ) from error
-        self._refuse_to_start_over()
-        return None
+                if error.errno not in _VANISHED or time.monotonic() > deadline:
+                    raise self._load_failed(error) from error
+            self._entries()  # listing a directory makes a client of a file server ask anew
+            time.sleep(_PAUSE)
 
     def sweep(self) -> list[str]:
         """Remove what killed saves and deletions left behind; returns the names of what was removed."""
@@ -177,20 +210,28 @@ class CheckpointStore:
         self.directory.mkdir(exist_ok=True)  # not its parents: a run directory that has gone must not come back empty
         temporary.unlink(missing_ok=True)
         self._check_space(size)
+        failpoint("before_data")
         try:
-            write_tree(temporary, tree, attrs)
-            failpoint("after_data")
-            digest = sha256_of(temporary)
+            digest = write_tree(temporary, tree, attrs)
             failpoint("after_digest")
             self._announce_replacement(path, digest)
             failpoint("after_announcement")
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        synchronise(self.directory)
-        failpoint("after_rename")
-        self._write_digest(path, digest)
+            failpoint("after_rename")
+            synchronise(self.directory)
+            failpoint("before_commit")
+            write_sidecar(path, digest)
+        except BaseException:
+            self._withdraw(path, temporary)
+            raise
         failpoint("after_commit")
+
+    def _withdraw(self, path: Path, temporary: Path) -> None:
+        """Remove what a failed save has written, unless it is committed; what stays is swept at the next start."""
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            if not sidecar_of(path).exists():
+                path.unlink(missing_ok=True)
 
     def _announce_replacement(self, path: Path, digest: str) -> None:
         """Let the sidecar of a checkpoint about to be replaced allow both contents."""
@@ -202,14 +243,6 @@ class CheckpointStore:
             return
         if (present := sha256_of(path)) in recorded:
             write_sidecar(path, present, digest)
-
-    def _write_digest(self, path: Path, digest: str) -> None:
-        try:
-            write_sidecar(path, digest)
-        except OSError:
-            if not sidecar_of(path).exists():
-                path.unlink(missing_ok=True)
-            raise
 
     def _check_space(self, size: int) -> None:
         if shutil.disk_usage(self.directory).free < size:
@@ -227,7 +260,7 @@ class CheckpointStore:
             free = "free space unknown"
         return RetryableError(
             f"{self.path(step)}: the checkpoint of step {step} could not be saved: {error.strerror or error}; it needs "
-            f"{size / 1e6:.1f} MB, {free}. Earlier checkpoints are untouched. {remedy}, then start the run again."
+            f"{size / 1e6:.1f} MB, {free}. Earlier checkpoints are untouched. {remedy}."
         )
 
     # Retention
@@ -263,11 +296,42 @@ class CheckpointStore:
 
     # Loading
 
+    def _newest(self) -> Loaded | None:
+        """The newest valid checkpoint of those listed now; raises OSError if one cannot be read."""
+        self._set_aside_uncommitted()
+        for step in reversed(self.steps()):
+            try:
+                return self._load_if_there(step)
+            except NewerVersionError:
+                raise
+            except UsageError as error:
+                self._set_aside(step, str(error))
+        self._refuse_to_start_over()
+        return None
+
+    def _load_if_there(self, step: int) -> Loaded:
+        """The checkpoint of a step; FileNotFoundError if what was listed has vanished: such a one is not damaged."""
+        try:
+            return self._load(step)
+        except NewerVersionError:
+            raise
+        except UsageError:
+            for path in (self.path(step), sidecar_of(self.path(step))):
+                path.stat()
+            raise
+
     def _load(self, step: int) -> Loaded:
+        failpoint("before_load")
         loaded = _read(self.path(step), only=None, verify=True)
         if loaded.step != step:
             raise UsageError(f"{loaded.path}: expected the checkpoint of step {step}, found that of {loaded.step}")
         return loaded
+
+    def _load_failed(self, error: OSError) -> RetryableError:
+        return RetryableError(
+            f"{error.filename or self.directory}: the checkpoint cannot be read: {error}. Check that the file system "
+            "is mounted and the file readable, then start again; or move the file away to use the one before."
+        )
 
     def _set_aside_uncommitted(self) -> None:
         committed = self.steps()

@@ -1,37 +1,109 @@
-"""Writing a tree as an HDF5 file."""
+"""Writing a tree as an HDF5 file, in one pass over its tensors' memory.
+
+HDF5 lays the file out in memory: it places and describes every dataset but never sees the data.
+What it made and the tensors, each in its place, are then written as one stream of bytes, which is
+hashed on the way.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
 import torch
+from h5py import h5d, h5p
 
+from hpclr.checkpoint.digest import write_hashed
 from hpclr.checkpoint.format import FORMAT, STORED_AS, VERSION
-from hpclr.checkpoint.sink import Sink
+from hpclr.checkpoint.skeleton import Skeleton
 from hpclr.checkpoint.tree import MAX_DEPTH, Json, TreeLike, encode_json, quote_name
 
-_CHUNK_BYTES = 4 << 20
-"""A checksum is computed over a chunk; 4 MiB was the fastest to write and to read."""
+_THREADS = 3
+"""Threads that take checksums; zlib makes about 3 GB/s in each."""
 
-_BYTES_PER_DATASET = 1024
-"""An upper estimate of what HDF5 adds to a dataset: headers, attributes, links."""
+_ALIGNED_FROM, _ALIGNMENT = 4096, 64
+"""Datasets of so many bytes begin at a multiple of 64: they can be used where they lie in a buffer."""
 
-_Checked: TypeAlias = dict[str, "_Checked | torch.Tensor | bytes"]
-_Leaf: TypeAlias = torch.Tensor | bytes
+_BYTES_PER_OBJECT = 1024
+"""An upper estimate of what HDF5 adds to a dataset or a group: headers, attributes, links, gaps; names aside."""
 
 
-def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> None:
+@dataclass(eq=False)
+class _Leaf:
+    """What becomes a dataset; `crc32` and `offset` are found while the file is laid out."""
+
+    content: torch.Tensor | bytes
+    crc32: int | None = None
+    offset: int = -1
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dataset. Scalars and tensors without elements are stored as one element beside their true shape."""
+        if isinstance(self.content, bytes):
+            return (len(self.content),)
+        return tuple(self.content.shape) if self.content.dim() and self.content.numel() else (1,)
+
+    @cached_property
+    def stored_as(self) -> np.dtype[Any]:
+        """The type of the dataset's elements."""
+        name = "uint8" if isinstance(self.content, bytes) else STORED_AS[dtype_name(self.content.dtype)]
+        return np.dtype(name).newbyteorder("<")
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return math.prod(self.shape) * self.stored_as.itemsize
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `data` is the tensor's own memory rather than a copy."""
+        content = self.content
+        if isinstance(content, bytes):
+            return True
+        return content.is_cpu and content.is_contiguous() and not (content.is_conj() or content.is_neg())
+
+    def data(self) -> memoryview:
+        """The bytes to be stored."""
+        if isinstance(self.content, bytes):
+            return memoryview(self.content)
+        plain = self.content.resolve_conj().resolve_neg().cpu().contiguous()
+        if not plain.numel():
+            plain = torch.zeros(1, dtype=plain.dtype)
+        bits = plain.reshape(-1).view(getattr(torch, self.stored_as.name)).numpy()
+        return bits.astype(self.stored_as, copy=False).view(np.uint8).data
+
+    def attributes(self) -> dict[str, Any]:
+        """Those of the dataset."""
+        attrs: dict[str, Any] = {"kind": np.bytes_("json"), "crc32": np.array(self.crc32, np.uint32)}
+        if isinstance(self.content, torch.Tensor):
+            attrs |= {"kind": np.bytes_("tensor"), "dtype": np.bytes_(dtype_name(self.content.dtype))}
+            if self.shape != self.content.shape:
+                attrs["shape"] = np.array(self.content.shape, np.int64)
+        return attrs
+
+
+_Checked: TypeAlias = dict[str, "_Checked | _Leaf"]
+
+
+def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> str:
     """Write a tree to the new file `path`, down to the disk.
 
-    The file is not removed if that fails; the store does this, and makes it atomic.
+    The file is not removed if that fails; the store does this, and makes it atomic. The tensors must
+    not change meanwhile. Those that are not contiguous in host memory are copied, one after the other.
 
     Args:
         path: must not exist.
         tree: dictionaries of dictionaries, tensors (any device and strides) and `Json` values.
         attrs: root attributes: an integer `step`, and others if wanted.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal.
 
     Raises:
         TypeError: a leaf or key of a kind that cannot be stored; ValueError: a value that cannot.
@@ -39,21 +111,23 @@ def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> 
     """
     _check_attrs(attrs)
     checked = _check(tree, "", MAX_DEPTH)
-    with Sink(path) as sink:
-        # The file is new and ours alone, so no lock is needed; on some parallel file systems there is none.
-        with h5py.File(sink, "w", libver=("v110", "v110"), track_order=True) as file:
-            file.attrs["format"] = np.bytes_(FORMAT)
-            file.attrs["version"] = np.int64(VERSION)
-            for name, value in attrs.items():
-                file.attrs[name] = np.int64(value) if isinstance(value, int) else np.float64(value)
-            _write_group(file, checked)
-        sink.commit()
+    leaves = list(_leaves(checked))
+    _take_checksums(leaves)
+    skeleton = _laid_out(checked, attrs)
+    return write_hashed(path, _pieces(skeleton, sorted(leaves, key=lambda leaf: leaf.offset)))
 
 
 def size_on_disk(tree: TreeLike) -> int:
     """About how many bytes `write_tree` will write, not less; raises as it does for a wrong tree."""
-    leaves = _leaves(_check(tree, "", MAX_DEPTH))
-    return 2 * _BYTES_PER_DATASET + sum(_leaf_bytes(leaf) + _BYTES_PER_DATASET for leaf in leaves)
+    return _BYTES_PER_OBJECT + _size_of(_check(tree, "", MAX_DEPTH))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32: how the attribute `dtype` spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+# What may be stored
 
 
 def _check_attrs(attrs: Mapping[str, int | float]) -> None:
@@ -88,11 +162,11 @@ def _checked_name(key: Any, where: str) -> str:
     return name
 
 
-def _checked_node(node: Any, where: str, depth: int) -> Any:
+def _checked_node(node: Any, where: str, depth: int) -> "_Checked | _Leaf":
     if isinstance(node, torch.Tensor):
-        return _checked_tensor(node, where)
+        return _Leaf(_checked_tensor(node, where))
     if isinstance(node, Json):
-        return encode_json(node.value, where)
+        return _Leaf(encode_json(node.value, where))
     if isinstance(node, Mapping):
         return _check(node, where, depth - 1)
     raise TypeError(
@@ -111,70 +185,84 @@ def _checked_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
     )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32: how the attribute `dtype` spells it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _leaves(tree: _Checked) -> Iterator[_Leaf]:
     for node in tree.values():
-        if isinstance(node, dict):
-            yield from _leaves(node)
-        else:
+        if isinstance(node, _Leaf):
             yield node
-
-
-def _leaf_bytes(leaf: _Leaf) -> int:
-    """Bytes of the data with its checksums; the last chunk is stored in full."""
-    if isinstance(leaf, bytes):
-        return len(leaf) + 4
-    shape = _dataset_shape(leaf)
-    chunk = _chunk_shape(shape, leaf.element_size())
-    chunks = math.prod(-(-size // part) for size, part in zip(shape, chunk, strict=True))
-    return chunks * (math.prod(chunk) * leaf.element_size() + 4)
-
-
-def _write_group(group: h5py.Group, tree: _Checked) -> None:
-    for name, node in tree.items():
-        if isinstance(node, dict):
-            _write_group(group.create_group(name, track_order=True), node)
-        elif isinstance(node, bytes):
-            _write_dataset(group, name, np.frombuffer(node, np.uint8), kind="json")
         else:
-            _write_tensor(group, name, node)
+            yield from _leaves(node)
 
 
-def _write_tensor(group: h5py.Group, name: str, tensor: torch.Tensor) -> None:
-    dtype = dtype_name(tensor.dtype)
-    plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    if not plain.numel():
-        plain = torch.zeros(1, dtype=tensor.dtype)
-    bits = plain.view(getattr(torch, STORED_AS[dtype])).numpy().reshape(_dataset_shape(tensor))
-    dataset = _write_dataset(group, name, bits.astype(bits.dtype.newbyteorder("<"), copy=False), kind="tensor")
-    dataset.attrs["dtype"] = np.bytes_(dtype)
-    if dataset.shape != tensor.shape:
-        dataset.attrs["shape"] = np.array(tensor.shape, np.int64)
+def _size_of(tree: _Checked) -> int:
+    """Bytes of all below a group, with an upper estimate of what HDF5 adds; it stores names once or twice."""
+    return sum(
+        _BYTES_PER_OBJECT + 2 * len(name.encode()) + (node.size if isinstance(node, _Leaf) else _size_of(node))
+        for name, node in tree.items()
+    )
 
 
-def _dataset_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """HDF5 checksums chunks, and neither scalars nor empty datasets have any: those become shape (1,)."""
-    return tuple(tensor.shape) if tensor.dim() and tensor.numel() else (1,)
+# Laying out and writing
 
 
-def _write_dataset(group: h5py.Group, name: str, array: np.ndarray[Any, Any], kind: str) -> h5py.Dataset:
-    chunks = _chunk_shape(array.shape, array.itemsize)
-    dataset = group.create_dataset(name, data=array, chunks=chunks, fletcher32=True)
-    dataset.attrs["kind"] = np.bytes_(kind)
-    return dataset
+def _take_checksums(leaves: Sequence[_Leaf]) -> None:
+    """Checksums of the data, by several threads; one of them makes all copies, so that there is one at a time."""
+    in_place = sorted((leaf for leaf in leaves if leaf.in_place), key=lambda leaf: leaf.size)
+    shares = [in_place[first :: _THREADS - 1] for first in range(_THREADS - 1)]
+    threads = [Thread(target=_take_checksums_of, args=(share,)) for share in shares if share]
+    for thread in threads:
+        thread.start()
+    _take_checksums_of([leaf for leaf in leaves if not leaf.in_place])
+    for thread in threads:
+        thread.join()
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Whole rows, as many as fit into a chunk; leading axes are cut first, into parts of equal size."""
-    chunk = list(shape)
-    for axis, size in enumerate(shape):
-        row_bytes = itemsize * math.prod(shape[axis + 1 :])
-        if size * row_bytes <= _CHUNK_BYTES:
-            break
-        rows = max(1, _CHUNK_BYTES // row_bytes)
-        chunk[axis] = math.ceil(size / math.ceil(size / rows))
-    return tuple(chunk)
+def _take_checksums_of(leaves: Sequence[_Leaf]) -> None:
+    for leaf in leaves:
+        leaf.crc32 = zlib.crc32(leaf.data())
+
+
+def _laid_out(tree: _Checked, attrs: Mapping[str, int | float]) -> Skeleton:
+    """The file without its data, of which every leaf learns the offset."""
+    skeleton = Skeleton()
+    alignment = {"alignment_threshold": _ALIGNED_FROM, "alignment_interval": _ALIGNMENT}
+    with h5py.File(skeleton, "w", libver=("v110", "v110"), track_order=True, **alignment) as file:
+        file.attrs["format"] = np.bytes_(FORMAT)
+        file.attrs["version"] = np.int64(VERSION)
+        for name, value in attrs.items():
+            file.attrs[name] = np.int64(value) if isinstance(value, int) else np.float64(value)
+        _add_group(file, tree)
+    return skeleton
+
+
+def _add_group(group: h5py.Group, tree: _Checked) -> None:
+    for name, node in tree.items():
+        if isinstance(node, _Leaf):
+            _add_dataset(group, name, node)
+        else:
+            _add_group(group.create_group(name, track_order=True), node)
+
+
+def _add_dataset(group: h5py.Group, name: str, leaf: _Leaf) -> None:
+    dataset = group.create_dataset(name, leaf.shape, leaf.stored_as, dcpl=_only_placed())
+    for attribute, value in leaf.attributes().items():
+        dataset.attrs[attribute] = value
+    leaf.offset = dataset.id.get_offset()
+
+
+def _only_placed() -> h5p.PropDCID:
+    """Properties of a dataset that gets its place when it is created, and no content."""
+    properties = h5p.create(h5p.DATASET_CREATE)
+    properties.set_layout(h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    return properties
+
+
+def _pieces(skeleton: Skeleton, leaves: Sequence[_Leaf]) -> Iterator[bytes | memoryview]:
+    """All bytes of the file, in order; `leaves` in the order of their places."""
+    end = 0
+    for leaf in leaves:
+        yield skeleton.between(end, leaf.offset)
+        yield leaf.data()
+        end = leaf.offset + leaf.size
+    yield skeleton.between(end, skeleton.size)

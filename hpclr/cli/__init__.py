@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from hpclr.errors import EXIT_ERROR, HpclrError
+from hpclr.errors import HpclrError, exit_code_of
 from hpclr.output import end_at_once, let_go_of_dead_streams, printable, say
 from hpclr.version import __version__
 
@@ -19,6 +19,8 @@ COMMANDS = {
     "launch": ("hpclr.cli.launch:launch", "Train with several processes on this machine."),
     "evaluate": ("hpclr.cli.evaluate:evaluate", "Score a checkpoint on a split of the data."),
     "inspect": ("hpclr.cli.inspect:inspect", "Show what a checkpoint holds: step, ranks, spectra, sizes."),
+    "verify": ("hpclr.cli.verify:verify", "Check that checkpoints are whole and make sense."),
+    "export": ("hpclr.cli.export:export", "Write a checkpoint's weights for other programs."),
     "summary": ("hpclr.cli.summary:summary", "Compare finished runs in a table."),
     "data": ("hpclr.cli.data:data", "Prepare and inspect datasets."),
 }
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HpclrError as error:
         _report(error, error.exit_code, debug)
     except Exception as error:  # whatever it is, the person gets a sentence and a way to see more
-        _report(error, EXIT_ERROR, debug)
+        _report(error, exit_code_of(error), debug)
     finally:
         let_go_of_dead_streams()
 
@@ -97,8 +99,8 @@ def _is_mine_to_say(error: Exception, code: int) -> bool:
     Before processes have met they make the same mistakes. A launch is told, and only by the first; else
     the first rank speaks at once, and what the others say after a moment is not heard, if its end has ended them.
     """
-    from hpclr.parallel.attempt import launch_directory
-    from hpclr.parallel.outcome import Outcome, record_outcome
+    from hpclr.parallel.watch.attempt import launch_directory
+    from hpclr.parallel.watch.outcome import Outcome, record_outcome
 
     if getattr(error, "shared", False):
         return False

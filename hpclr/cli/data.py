@@ -1,15 +1,14 @@
 """`hpclr data`: preparing datasets and looking at them."""
 
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpclr.cli.progress import progress_shown
 from hpclr.data.readers import READERS
 from hpclr.errors import UsageError
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _READERS = "\n\n\b\nREADER         SOURCE\n" + "\n".join(
     f"{name:14} {reader.source or 'none: they come with scikit-learn'}" for name, reader in READERS.items()
 )
-_SECONDS_BETWEEN_LINES = 10.0
 _MOST_ROWS = 16  # of each table that `hpclr data stats` prints
 
 
@@ -61,7 +59,7 @@ def prepare(
     team = _team_under_mpirun("hpclr data prepare with several processes")
     if team is not None and team.rank > 0:
         team.follow(lambda: read_share(reader, source, image_size, team))
-    with team.leading() if team else nullcontext(), _progress_shown() as progress:
+    with team.leading() if team else nullcontext(), progress_shown("preparing", _prepared) as progress:
         sizes = prepare_data(
             reader,
             source,
@@ -199,27 +197,5 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
 
 
-@contextmanager
-def _progress_shown() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; in a log a line now and then."""
-    if not sys.stderr.isatty():
-        yield _lines_now_and_then()
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines_now_and_then() -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            click.echo(f"prepared {done:,} of {total:,} samples ({done / total:.0%})", err=True)
-
-    return show
+def _prepared(done: int, total: int) -> str:
+    return f"prepared {done:,} of {total:,} samples ({done / total:.0%})"

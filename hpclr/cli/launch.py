@@ -21,6 +21,7 @@ from hpclr.errors import UsageError
 )
 @click.option("--runs-dir", type=click.Path(path_type=Path), help="Where runs live [HPCLR_RUNS, else ./runs].")
 @click.option("--fresh", is_flag=True, help="Start over; a run that is there already is set aside.")
+@click.option("--break-lock", is_flag=True, help="Go on where a job was that is gone, if its heartbeat stands still.")
 def launch(
     run_file: Path,
     overrides: tuple[str, ...],
@@ -28,6 +29,7 @@ def launch(
     launcher: str,
     runs_dir: Path | None,
     fresh: bool,
+    break_lock: bool,
 ) -> None:
     """Train what RUN_FILE describes as `hpclr train` does, with several processes on this machine.
 
@@ -42,7 +44,8 @@ def launch(
     if not processes:
         raise UsageError("no GPU is visible here, so say how many processes to start: hpclr launch -n 2 …")
     debug = "--debug" in sys.argv
-    options = [*(["--debug"] if debug else []), *(["--fresh"] if fresh else [])]
+    flags = {"--debug": debug, "--fresh": fresh, "--break-lock": break_lock}
+    options = [flag for flag, given in flags.items() if given]
     options += [] if runs_dir is None else ["--runs-dir", str(runs_dir)]
     command = [sys.executable, "-m", "hpclr", "train", *options, "--", str(run_file), *overrides]
     sys.exit(start(command, processes, "mpirun" if launcher == "mpirun" else "torchrun", debug=debug))

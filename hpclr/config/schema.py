@@ -62,6 +62,15 @@ class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     """A mapping of the run file whose keys are known."""
 
 
+Weights = Annotated[
+    FilePath | None,
+    doc("File of weights to start from: safetensors, a state dict of torch.save, or HDF5 of hpclr; null: random ones."),
+]
+WeightsExcept = Annotated[
+    tuple[str, ...], doc("Patterns of state-dict names that `weights` leaves as they are, such as another head.")
+]
+
+
 class Mlp(Section, kw_only=True, frozen=True):
     """A multilayer perceptron on the flattened sample."""
 
@@ -69,6 +78,8 @@ class Mlp(Section, kw_only=True, frozen=True):
     hidden: Annotated[tuple[Count, ...], doc("Width of each hidden layer.")] = (256, 256)
     activation: Annotated[Literal["relu", "gelu", "tanh"], doc("Between the layers.")] = "relu"
     dropout: Annotated[BelowOne, doc("Probability of dropping a hidden activation.")] = 0.0
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
 
 
 class Vit(Section, kw_only=True, frozen=True):
@@ -84,6 +95,8 @@ class Vit(Section, kw_only=True, frozen=True):
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.0
     qkv_bias: Annotated[bool, doc("Whether the query, key and value projection has a bias.")] = True
     pool: Annotated[Literal["mean", "cls"], doc("Mean over the patches, or a class token.")] = "mean"
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
 
 
 class Vgg(Section, kw_only=True, frozen=True):
@@ -92,6 +105,8 @@ class Vgg(Section, kw_only=True, frozen=True):
     name: Annotated[Literal["vgg16"], doc("This kind of model.")] = "vgg16"
     width: Annotated[Positive, doc("Factor on the number of channels of every layer.")] = 1.0
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation before the head.")] = 0.0
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
 
 
 class Resnet(Section, kw_only=True, frozen=True):
@@ -99,6 +114,8 @@ class Resnet(Section, kw_only=True, frozen=True):
 
     name: Annotated[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"], doc("This kind of model.")]
     width: Annotated[Count, doc("Channels of the first stage; the next have 2 and 4 times as many.")] = 16
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
 
 
 class Target(Section, kw_only=True, frozen=True):
@@ -106,6 +123,8 @@ class Target(Section, kw_only=True, frozen=True):
 
     target: Annotated[FactoryName, doc("What to import and call; takes the place of `name`.")]
     args: Annotated[dict[str, Any], doc("Keyword arguments of the call.")] = {}
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
 
 
 class Data(Section, kw_only=True, frozen=True):
@@ -346,6 +365,10 @@ class Validation(Section, kw_only=True, frozen=True):
 
     every_epochs: Annotated[Positive | None, doc("Epochs or parts of one; or give `every_steps`.")] = None
     every_steps: Annotated[Count | None, doc("Optimiser steps; or give `every_epochs`.")] = None
+    metric: Annotated[
+        Literal["accuracy", "loss"],
+        doc("What makes a model the best so far: the highest accuracy, or the lowest loss."),
+    ] = "accuracy"
     patience: Annotated[Count | None, doc("Stop after this many validations without improvement; null: never.")] = None
 
     def __post_init__(self) -> None:
@@ -359,9 +382,22 @@ class Validation(Section, kw_only=True, frozen=True):
 class Checkpoint(Section, kw_only=True, frozen=True):
     """How often the run is saved and how much of that is kept."""
 
-    every: Annotated[Count, doc("Optimiser steps from one checkpoint to the next.")] = 200
+    every: Annotated[Count | None, doc("Optimiser steps from one checkpoint to the next; null: by the clock only.")] = (
+        200
+    )
+    minutes: Annotated[Positive | None, doc("Minutes from one checkpoint to the next; null: by steps only.")] = None
     keep: Annotated[Keep, doc("Newest checkpoints that are kept.")] = 3
-    keep_best: Annotated[bool, doc("Keep the checkpoint with the best validation as well.")] = True
+    keep_best: Annotated[bool, doc("Keep the checkpoint with the best `validation.metric` as well.")] = True
+    background: Annotated[
+        bool, doc("Write checkpoints while training goes on, from a copy in memory; false: training waits.")
+    ] = True
+
+    def __post_init__(self) -> None:
+        if self.every is None and self.minutes is None:
+            raise ValueError(
+                "checkpoint must have at least one of every and minutes, found both null: "
+                "without checkpoints a run that ends early is lost"
+            )
 
 
 class Parallel(Section, kw_only=True, frozen=True):
@@ -409,3 +445,5 @@ class RunFile(Section, kw_only=True, frozen=True):
         micro, batch = self.train.micro_batch, self.data.batch_size
         if micro is not None and micro > batch:
             raise ValueError(f"train.micro_batch ({micro}) must not exceed data.batch_size ({batch})")
+        if self.model.weights_except and self.model.weights is None:
+            raise ValueError("model.weights_except says what model.weights leaves as it is, but model.weights is null")

@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
         """Return logits (batch, classes) for images (batch, channels, height, width)."""
         tokens = self.embed(x).flatten(2).transpose(1, 2)
         if self.cls is not None:
-            tokens = torch.cat([self.cls.expand(len(x), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls.expand(x.shape[0], -1, -1), tokens], dim=1)
         tokens = self.norm(self.blocks(self.dropout(tokens + self.positions)))
         pooled = tokens.mean(dim=1) if self.cls is None else tokens[:, 0]
         logits: Tensor = self.head(pooled)

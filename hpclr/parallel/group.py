@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from hpclr import errors
-from hpclr.errors import HpclrError
+from hpclr.errors import HpclrError, error_of, exit_code_of, message_of
 from hpclr.parallel.wire import pack, unpack
 
 _LARGEST_MESSAGE = 1 << 29  # bytes; gloo counts in 32 bits
@@ -124,16 +123,16 @@ class Group:
         """Does something on the first process alone; every process gets its JSON result, or raises its error.
 
         Raises:
-            HpclrError: of the class and with the message that `action` raised on the first process.
+            HpclrError: with the exit code and the message of the one that `action` raised on the first process.
         """
         if self.size == 1:
             return action()
         result: Any = None
-        error: HpclrError | None = None
+        error: Exception | None = None
         if self.is_first:
             try:
                 result = action()
-            except HpclrError as caught:
+            except Exception as caught:  # whatever it is, the others wait for an answer
                 error = caught
         (described, result), _ = self.broadcast((_described(error), result))
         if described is not None:
@@ -144,27 +143,26 @@ class Group:
         """Does something on every process; if it fails on any, all raise the error of the first of them.
 
         Raises:
-            HpclrError: of the class that it raised there; names the rank where only some processes failed.
+            HpclrError: with the exit code of that one; names the rank where only some processes failed.
         """
         if self.size == 1:
             return action()
-        error: HpclrError | None = None
+        error: Exception | None = None
         result: Any = None
         try:
             result = action()
-        except HpclrError as caught:
+        except Exception as caught:  # whatever it is, the others wait for an answer
             error = caught
         described = self.gather(_described(error))
         failed = [rank for rank, one in enumerate(described) if one is not None]
         if not failed:
             return result  # type: ignore[no-any-return]
-        name, message = described[failed[0]]
+        code, message = described[failed[0]]
         where = "" if len(failed) == self.size else f"rank {', '.join(map(str, failed))} of {self.size}: "
-        raise self._error(name, where + message)
+        raise self._error(code, where + message) from error
 
-    def _error(self, name: str, message: str) -> HpclrError:
-        kind = getattr(errors, name, HpclrError)
-        error: HpclrError = kind(message)
+    def _error(self, code: int, message: str) -> HpclrError:
+        error = error_of(code, message)
         error.shared = not self.is_first
         return error
 
@@ -204,5 +202,5 @@ def join(store: Store, rank: int, size: int, *, backend: str, timeout: float, de
     return Group()
 
 
-def _described(error: HpclrError | None) -> tuple[str, str] | None:
-    return None if error is None else (type(error).__name__, str(error))
+def _described(error: Exception | None) -> tuple[int, str] | None:
+    return None if error is None else (exit_code_of(error), message_of(error))

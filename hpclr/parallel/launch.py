@@ -1,7 +1,7 @@
 """Starts the processes of a run on this machine, through torchrun or mpirun, and sees them to their end.
 
 Both launchers change exit codes or write essays about them, and neither passes a request to stop on in a form that
-leaves time to save. So the processes tell of their end in files (see `outcome`), they write to the console directly
+leaves time to save. So the processes tell of their end in files (`watch.outcome`), they write to the console directly
 while the launcher writes to a log, and signals go from here to the processes themselves.
 """
 
@@ -21,16 +21,16 @@ from typing import IO, Literal
 
 from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, UsageError
 from hpclr.output import printable, say
-from hpclr.parallel.attempt import LAUNCH_VARIABLE, attempt_of_launch
 from hpclr.parallel.console import Console
-from hpclr.parallel.diagnosis import post_mortem
-from hpclr.parallel.heartbeat import Record, machine, process_state, read_heartbeat
 from hpclr.parallel.mpi import is_installed
-from hpclr.parallel.outcome import read_outcome
+from hpclr.parallel.watch.attempt import LAUNCH_VARIABLE, attempt_of_launch
+from hpclr.parallel.watch.diagnosis import post_mortem
+from hpclr.parallel.watch.heartbeat import Record, pid_namespace, process_state, read_heartbeat
+from hpclr.parallel.watch.outcome import read_outcome
 
 Launcher = Literal["torchrun", "mpirun"]
 LAUNCHER_LOG = "launcher.log"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # requests to save and leave
 _POLL = 0.1  # seconds
 _AFTERMATH = 10.0  # seconds that processes have to end after the first has recorded a failure
 _PR_SET_PDEATHSIG = 1
@@ -79,14 +79,18 @@ def _result(place: Path, code: int, written: str, stopped: bool, debug: bool) ->
     attempt = attempt_of_launch(place)
     if debug and written:
         say(printable(written))
-    if attempt is not None:
-        if written:
-            with contextlib.suppress(OSError):
-                (attempt / LAUNCHER_LOG).write_text(written)
-        return _result_of(attempt, place)
-    early = read_outcome(place)
-    if early is not None or code == 0:
-        return early.code if early is not None else 0
+    if attempt is not None and written:
+        with contextlib.suppress(OSError):
+            (attempt / LAUNCHER_LOG).write_text(written)
+    known = (read_outcome(attempt) if attempt is not None else None) or read_outcome(place)
+    if known is not None:
+        return known.code
+    if attempt is not None:  # its processes could not write how it ended
+        found = post_mortem(attempt)
+        say(f"hpclr: {found.message}")
+        return found.code
+    if code == 0:
+        return 0
     if stopped:
         say("hpclr: asked to stop before training began; nothing is lost, and the same command starts it again")
         return EXIT_REQUEUE
@@ -94,16 +98,6 @@ def _result(place: Path, code: int, written: str, stopped: bool, debug: bool) ->
         say(printable(written))
     say(f"hpclr: the processes ended before they began an attempt, and the launcher with code {code}")
     return code if code in (EXIT_USAGE, EXIT_RETRY) else EXIT_ERROR
-
-
-def _result_of(attempt: Path, place: Path) -> int:
-    """What the attempt's record says; where the processes could not write one, it is written and said here."""
-    known = read_outcome(attempt) or read_outcome(place)
-    if known is not None:
-        return known.code
-    found = post_mortem(attempt)
-    say(f"hpclr: {found.message}")
-    return found.code
 
 
 def _outlive(place: Path, console: Console) -> None:
@@ -120,7 +114,7 @@ def _survivors(attempt: Path | None) -> list[Record]:
     if attempt is None:
         return []
     records = [read_heartbeat(path) for path in attempt.glob("rank-*.heartbeat")]
-    return [r for r in records if r is not None and r.machine == machine() and process_state(r.pid)]
+    return [r for r in records if r is not None and r.pid_namespace == pid_namespace() and process_state(r.pid)]
 
 
 def _launcher_line(processes: int, launcher: Launcher) -> tuple[list[str], dict[str, str]]:

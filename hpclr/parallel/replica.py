@@ -2,8 +2,7 @@
 
 import gc
 import inspect
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,6 +15,8 @@ from hpclr.parallel.group import Group
 from hpclr.parallel.placement import AllTogether, Doing, Rank0, Spread
 
 Svd = Literal["rank0", "spread", "heat"]
+
+_PARCEL = 256 << 20  # bytes that are broadcast at a time
 
 # the option's name in this torch
 _BUFFERS = next(
@@ -81,8 +82,6 @@ class Replica(nn.Module):
         self.group = Group()
         self.placement = _placement(self.group, svd, heat_rank, doing)
         look = unused_parameters or (self.group.size > 2 and _is_on_cpu(module))
-        if look and not unused_parameters:
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         self._options = {_BUFFERS: broadcast_buffers, "find_unused_parameters": look}
         self._synchronise = True
         self._ddp: tuple[DistributedDataParallel] | None = None  # in a tuple: no submodule of this one
@@ -121,14 +120,12 @@ class Replica(nn.Module):
         finally:
             self._synchronise = before
 
-    def synchronise(self, tensors: Any) -> None:
+    def synchronise(self, tensors: Iterable[Any]) -> None:
         """Gives all processes the first one's contents of these tensors, which must be the same ones everywhere."""
         if self.group.size == 1:
             return
-        mine = [t.detach() for t in tensors if isinstance(t, Tensor)]
-        _, first = self.group.broadcast(None, mine)
-        with torch.no_grad():
-            for tensor, content in zip(mine, first, strict=True):
+        for mine in _parcels([t.detach() for t in tensors if isinstance(t, Tensor)]):
+            for tensor, content in zip(mine, self.group.broadcast(None, mine)[1], strict=True):
                 tensor.copy_(content)
 
     def synchronise_buffers(self) -> None:
@@ -138,7 +135,7 @@ class Replica(nn.Module):
     @property
     def gradient_bytes(self) -> int:
         """Bytes of gradients that every step reduces over the processes."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+        return sum(_size(p) for p in self.module.parameters() if p.requires_grad)
 
     def prepare(self) -> None:
         """Makes DDP anew now, if that is due, rather than in the next forward pass of training; collective."""
@@ -169,6 +166,24 @@ class Replica(nn.Module):
         if self._ddp is not None:
             self._ddp = None
             gc.collect()
+
+
+def _parcels(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in runs of up to `_PARCEL` bytes, of which a broadcast makes two copies; a larger one by itself."""
+    parcel: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if parcel and held + _size(tensor) > _PARCEL:
+            yield parcel
+            parcel, held = [], 0
+        parcel.append(tensor)
+        held += _size(tensor)
+    if parcel:
+        yield parcel
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _refuse_late_group() -> None:

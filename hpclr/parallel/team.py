@@ -15,14 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hpclr.errors import EXIT_ERROR, HpclrError, RetryableError, UsageError
+from hpclr.errors import UsageError, error_of, exit_code_of, message_of
 from hpclr.output import printable, say
 from hpclr.parallel import mpi
 
 _GO_ON = -1  # what the first process calls; anything else is an exit code
 _NAP = 0.001  # seconds; MPI's own waiting would keep a core busy
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by mpirun of Open MPI, and by those of MPICH and its relatives
-_KINDS = {kind.exit_code: kind for kind in (UsageError, RetryableError)}
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -67,7 +66,7 @@ class Team:
         try:
             yield
         except BaseException as error:
-            self._call_all(_exit_code(error))
+            self._call_all(exit_code_of(error))
             raise
         self._call_all(0)
 
@@ -82,8 +81,7 @@ class Team:
         try:
             work()
         except Exception as error:
-            what = str(error) if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: {error}"
-            self.send({}, {"error": what, "code": _exit_code(error)})
+            self.send({}, {"error": message_of(error), "code": exit_code_of(error)})
         while True:
             self._await_call()
 
@@ -107,7 +105,7 @@ class Team:
         (length,) = self._received((1,), "int64", rank)
         facts, note = json.loads(self._received((int(length),), "uint8", rank).tobytes())
         if "error" in note:
-            raise _KINDS.get(note["code"], HpclrError)(note["error"])
+            raise error_of(note["code"], note["error"])
         return {name: self._received(tuple(shape), dtype, rank) for name, dtype, shape in facts}, note
 
     def together(self, action: Callable[[], T]) -> T:
@@ -123,7 +121,7 @@ class Team:
         except Exception as error:
             failure = error
         codes = np.zeros(self.size, dtype=np.int64)
-        self._comm.Allgather(np.array([_exit_code(failure) if failure else 0]), codes)
+        self._comm.Allgather(np.array([exit_code_of(failure) if failure else 0]), codes)
         failed = np.flatnonzero(codes)
         if failed.size and failed[0] == self.rank and failure:
             raise failure
@@ -152,9 +150,8 @@ class Team:
         except Exception as error:
             if self.size == 1:
                 raise
-            what = str(error) if isinstance(error, HpclrError) else f"unexpected {type(error).__name__}: {error}"
-            say(printable(f"hpclr: process {self.rank} of {self.size}: {what}"))
-            self._comm.Abort(_exit_code(error))
+            say(printable(f"hpclr: process {self.rank} of {self.size}: {message_of(error)}"))
+            self._comm.Abort(exit_code_of(error))
 
     def _call_all(self, what: int) -> None:
         for rank in range(1, self.size):
@@ -174,7 +171,3 @@ class Team:
         values = np.empty(shape, dtype=dtype)
         self._comm.Recv(values, source=rank)
         return values
-
-
-def _exit_code(error: BaseException) -> int:
-    return error.exit_code if isinstance(error, HpclrError) else EXIT_ERROR

@@ -2,10 +2,10 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hpclr import models
 from hpclr.config import RunFile
 from hpclr.config.schema import Dense as DenseSection
-from hpclr.config.schema import Oialr, Target
+from hpclr.config.schema import Oialr, Section, Target
 from hpclr.data import Augment, Dataset, Loader, open_dataset
 from hpclr.data.loader import choose_order
 from hpclr.errors import UsageError
@@ -24,11 +24,12 @@ from hpclr.methods import OIALR, Dense, Method
 from hpclr.parallel.group import Group
 from hpclr.parallel.replica import Replica
 from hpclr.training.environment import random_states, record, seed_everything, seed_of, set_random_states
-from hpclr.training.job import Job, alone, staged
+from hpclr.training.job import Job, alone, on_this_node
 from hpclr.training.optimizers import build_optimizer
 from hpclr.training.precision import Precision
 from hpclr.training.schedules import LearningRate, learning_rate
 from hpclr.training.tasks import Classification
+from hpclr.training.weights import load_initial_weights
 
 
 @dataclass
@@ -76,18 +77,19 @@ class _Materials:
     total_steps: int
 
 
-def assemble(run: RunFile, job: Job | None = None) -> Assembly:
+def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) -> Assembly:
     """Builds model, data, optimiser and method of a run.
 
     Args:
         run: the run file.
         job: the processes that train it, all of which call this; None: this one alone.
+        continuing: the weights will come from a checkpoint, so `model.weights` is not needed.
 
     Raises:
         UsageError: for everything in the run file or the data that cannot work; on all processes.
     """
     job = job or alone(run)
-    made = job.group.together(lambda: _materials(run, job))
+    made = job.group.together(lambda: _materials(run, job, continuing))
     job.require_same({"the data's digest": made.dataset.digest})
     loader, model, optimizer, total = made.loader, made.model, made.optimizer, made.total_steps
     replica = _replica(run, model, job)
@@ -117,14 +119,15 @@ def assemble(run: RunFile, job: Job | None = None) -> Assembly:
     )
 
 
-def _materials(run: RunFile, job: Job) -> _Materials:
-    dataset = open_dataset(staged(run, data_files(run)))
+def _materials(run: RunFile, job: Job, continuing: bool) -> _Materials:
+    dataset = open_dataset(on_this_node(run, data_files(run)))
     _check_task(dataset)
     precision = Precision(run.train.precision, job.device)
     loader, valid, test = _loaders(run, dataset, precision.dtype, job.group)
     _check_validation(run, valid)
     total = run.train.steps or (run.train.epochs or 0) * len(loader)
-    model = _with_batch_statistics(run, build_model(run, dataset), job.device).to(job.device, precision.dtype)
+    model = build_model(run, dataset, weights=not continuing)
+    model = _with_batch_statistics(run, model, job.device).to(job.device, precision.dtype)
     x = loader.batch(0, 0).x.to(job.device)
     check_outputs(model, x[:2], len(dataset.classes), precision)
     _check_extra_state(model)
@@ -216,19 +219,45 @@ def _check_validation(run: RunFile, valid: Loader | None) -> None:
         )
 
 
-def build_model(run: RunFile, dataset: Dataset) -> nn.Module:
-    """The model of a run file with its initial weights, which depend on the seed alone.
+class Samples(Protocol):
+    """What a model is built for: a dataset, or what a checkpoint says of one."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes."""
+
+
+def build_model(run: RunFile, samples: Samples, *, weights: bool = True) -> nn.Module:
+    """The model of a run file with its initial weights, which depend on the seed alone, or are those it names.
 
     A `target:` is imported and called: only for run files of the user's own, or with their word for it.
+
+    Args:
+        run: the run file.
+        samples: what it is to classify.
+        weights: whether to read `model.weights`; not where all weights are about to be replaced.
+
+    Raises:
+        UsageError: if there is no such model, or the weights cannot be read or do not fit.
     """
     seed_everything(run.train.seed)
     section = run.model
-    if isinstance(section, Target):
-        return import_target(section)
+    model = import_target(section) if isinstance(section, Target) else _built_in(section, samples)
+    if weights and section.weights is not None:
+        load_initial_weights(model, section.weights, section.weights_except)
+    return model
+
+
+def _built_in(section: Section, samples: Samples) -> nn.Module:
     options = msgspec.structs.asdict(section)
     name = options.pop("name")
+    del options["weights"], options["weights_except"]
     model: nn.Module = _usage(
-        "model", lambda: models.build(name, sample_shape=dataset.sample_shape, classes=len(dataset.classes), **options)
+        "model", lambda: models.build(name, sample_shape=samples.sample_shape, classes=len(samples.classes), **options)
     )
     return model
 

@@ -131,6 +131,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((form, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(states["torch"].clone())  # given a view of something longer, torch 2.13 crashes
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"].clone())

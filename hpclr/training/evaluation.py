@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hpclr.checkpoint import CheckpointStore, Loaded, load_file
+from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.schema import Target
 from hpclr.data import Dataset, open_dataset
@@ -40,13 +41,28 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     return found
 
 
-def load_run(checkpoint: Path, *, best: bool = False) -> tuple[Loaded, RunFile]:
-    """A checkpoint of `hpclr train` and the run file that it was made with.
+def load_checkpoint(checkpoint: Path, *, best: bool = False, untrusted: bool = False) -> Loaded:
+    """The checkpoint that a path means.
+
+    Args:
+        checkpoint: a file or a run directory.
+        best: of a run directory, the best checkpoint on validation instead of the newest.
+        untrusted: have it examined by a process of its own before this one reads it.
+
+    Raises:
+        UsageError: if there is none, or it is damaged.
+    """
+    path = find_checkpoint(checkpoint, best=best)
+    return load_file(path, digests=[examine(path).sha256] if untrusted else None)
+
+
+def load_run(checkpoint: Path, *, best: bool = False, untrusted: bool = False) -> tuple[Loaded, RunFile]:
+    """A checkpoint of `hpclr train`, as `load_checkpoint`, and the run file that it was made with.
 
     Raises:
         UsageError: if there is none, it is damaged, or something else has written it.
     """
-    loaded = load_file(find_checkpoint(checkpoint, best=best))
+    loaded = load_checkpoint(checkpoint, best=best, untrusted=untrusted)
     missing = sorted({"model", "method", "ema", "position", "run", "data", "environment"} - loaded.tree.keys())
     if missing:
         raise UsageError(f"{loaded.path} is no checkpoint of `hpclr train`: it holds no {', '.join(missing)}")
@@ -71,7 +87,13 @@ def malformed_named(path: Path) -> Iterator[None]:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, *, split: str = "test", data: Path | None = None, best: bool = False, trust: bool = False
+    checkpoint: Path,
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    best: bool = False,
+    trust: bool = False,
+    untrusted: bool = False,
 ) -> tuple[Score, Path]:
     """Rebuilds a checkpoint's model with the ranks in the file and scores it.
 
@@ -81,16 +103,13 @@ def evaluate_checkpoint(
         data: another data file than the run's.
         best: of a run directory, the best checkpoint on validation instead of the newest.
         trust: whether a model that the checkpoint names as `target:` may be imported.
+        untrusted: as `load_checkpoint`.
 
     Raises:
         UsageError: for a file that cannot be used, a split that is not there, or a `target:` without trust.
     """
-    loaded, run = load_run(checkpoint, best=best)
-    if isinstance(run.model, Target) and not trust:
-        raise UsageError(
-            f"{loaded.path} names the model '{run.model.target}', which would be imported and run; "
-            "pass --trust if you know where this checkpoint comes from"
-        )
+    loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
+    require_trust(run, loaded.path, trust)
     use_threads("auto")  # not as many as a file from elsewhere may name
     dataset = open_dataset([data] if data else data_files(run))
     if split not in dataset.sizes:
@@ -99,12 +118,25 @@ def evaluate_checkpoint(
     device = choose_device("cpu" if run.train.device == "cpu" else "auto")  # what ran on CUDA is scored anywhere
     precision = Precision(run.train.precision, device)
     loader = held_out(run, dataset, split, precision.dtype)
-    model = build_model(run, dataset).to(device, precision.dtype)
+    model = build_model(run, dataset, weights=False).to(device, precision.dtype)
     if any(map(is_lazy, model.parameters())):
         check_outputs(model, loader.batch(0, 0).x[:2].to(device), len(dataset.classes), precision)
     with malformed_named(loaded.path):
         _load_weights(model, run, loaded)
     return Classification().score(model, loader, precision), loaded.path
+
+
+def require_trust(run: RunFile, path: Path, trust: bool) -> None:
+    """Refuses to run code that a checkpoint names, unless the user knows where it comes from.
+
+    Raises:
+        UsageError: for a `target:` model without trust.
+    """
+    if isinstance(run.model, Target) and not trust:
+        raise UsageError(
+            f"{path} names the model '{run.model.target}', which would be imported and run; "
+            "pass --trust if you know where this checkpoint comes from"
+        )
 
 
 def _check_fit(dataset: Dataset, loaded: Loaded) -> None:

@@ -18,19 +18,22 @@ BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
 
 
-def show_checkpoint(checkpoint: Path, *, best: bool = False, console: Console | None = None) -> None:
+def show_checkpoint(
+    checkpoint: Path, *, best: bool = False, untrusted: bool = False, console: Console | None = None
+) -> None:
     """Prints step, origin, sizes, and rank and spectrum of every factored layer.
 
     Args:
         checkpoint: a file or a run directory.
         best: of a run directory, the best checkpoint on validation instead of the newest.
+        untrusted: as `load_checkpoint`.
         console: where to print.
 
     Raises:
         UsageError: if there is no such checkpoint, or it is damaged or malformed.
     """
     console = console or Console(highlight=False, markup=False, emoji=False)
-    loaded, run = load_run(checkpoint, best=best)
+    loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
     with malformed_named(loaded.path):
         tables = [_facts(loaded.tree, loaded.path, run.method.name), _layers(tensors(loaded.tree["model"]))]
     for table in tables:

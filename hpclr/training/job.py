@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,19 +19,21 @@ import torch.distributed as dist
 import hpclr
 from hpclr.config import RunFile, dump
 from hpclr.config.schema import Oialr, Target
-from hpclr.data.staging import stage
+from hpclr.data.staging import Progress, stage
 from hpclr.errors import UsageError
+from hpclr.output import say
 from hpclr.parallel import mpi
-from hpclr.parallel.attempt import attempt_directory, attempts, next_attempt
-from hpclr.parallel.diagnosis import post_mortem
 from hpclr.parallel.group import Group, join
-from hpclr.parallel.heartbeat import Heartbeat
-from hpclr.parallel.layout import ALONE, Layout, check_gpus
-from hpclr.parallel.meeting import meet
-from hpclr.parallel.participation import take_part
-from hpclr.parallel.proof import Statement, agree, share_secret
+from hpclr.parallel.meeting.layout import ALONE, Layout, check_gpus
+from hpclr.parallel.meeting.proof import Statement, agree, share_secret
+from hpclr.parallel.meeting.rendezvous import meet
+from hpclr.parallel.watch.attempt import attempt_directory, attempts, next_attempt
+from hpclr.parallel.watch.diagnosis import post_mortem
+from hpclr.parallel.watch.heartbeat import Heartbeat
+from hpclr.parallel.watch.participation import take_part
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.processes import slurm_gpus
+from hpclr.training.progress import SECONDS_BETWEEN_LINES
 from hpclr.training.run_directory import RunDirectory, writing
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ class Circle:
     rounds: int = 0
 
     def agree(self, facts: Mapping[str, str], own: Mapping[str, str] | None = None) -> list[Statement]:
-        """Compares `facts`, and tells all what is each one's `own`; as `hpclr.parallel.proof.agree`."""
+        """Compares `facts`, and tells all what is each one's `own`; as `hpclr.parallel.meeting.proof.agree`."""
         self.rounds += 1
         return agree(
             self.store, self.layout, self.secret, f"agreement {self.rounds}", facts, self.timeout, own=own or {}
@@ -262,9 +265,22 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def staged(run: RunFile, files: list[Path]) -> list[Path]:
+def on_this_node(run: RunFile, files: list[Path]) -> list[Path]:
     """The data where it is to be read: on a disk of this node, if the run file asks for it.
 
     Every process calls it; the first on a node copies, the others wait for it.
     """
-    return files if run.data.stage is None else stage(files, Path(run.data.stage))
+    return files if run.data.stage is None else stage(files, Path(run.data.stage), progress=_line_now_and_then())
+
+
+def _line_now_and_then() -> Progress:
+    """Says how far the copying on this node is, if it takes long."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"{platform.node()} has copied {done / 1e6:,.0f} of {total / 1e6:,.0f} MB of data ({done / total:.0%})")
+
+    return show

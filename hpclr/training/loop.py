@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import msgspec
@@ -13,14 +14,16 @@ from hpclr.data import Batch, BatchStream, Loader
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
 from hpclr.lowrank import summarize
+from hpclr.output import say
 from hpclr.parallel.digest import digest
 from hpclr.parallel.verify import require_equal
 from hpclr.training.assembly import Assembly, steps_between_validations
 from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory, writing
+from hpclr.training.saving import LAST_PAUSES, Saving
 from hpclr.training.schedules import set_learning_rate
-from hpclr.training.state import Position, capture, not_finite, tensors
+from hpclr.training.state import Position, capture, not_finite, position_of, tensors
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
 from hpclr.training.tasks import Score
@@ -50,6 +53,16 @@ class Trainer:
         self.stop = StopRequests()
         self._validate_every = steps_between_validations(parts.run, len(parts.loader))
         self.losses = LossLog(self.metrics, shown, 1 if parts.device.type == "cpu" else 10, self._summed)
+        self.saving = Saving(
+            store,
+            parts.run.checkpoint,
+            self.group,
+            check=self._require_finite,
+            note=shown.note if self.group.is_first else say,  # which of the others goes to their logs
+            record=self.metrics.append,
+            own=directory.require_held,
+            doing=self.job.doing,
+        )
         self._clock = time.monotonic()
         self._saved_at: int | None = None
         self._unbounded = _buffers_not_finite(parts.model)
@@ -62,17 +75,18 @@ class Trainer:
         Raises:
             StopRequestedError: after saving, if a signal to any process asked for it.
             TrainingDivergedError: if the loss is no longer finite.
-            RetryableError: if a checkpoint or a record cannot be written.
+            RetryableError: if the first or the last checkpoint, or the records, cannot be written.
             ReplicasDifferError: if the processes' parameters are no longer equal to the bit.
         """
         self.parts.replica.train()
-        with self.stop.listening(), self._batches() as self.batches:
+        with self.stop.listening(), self._batches() as self.batches, self.saving:
             if self.position.step == 0:
-                self._save()  # a full disk or a missing permission shows now, not after an hour
+                self._save(pauses=())  # a full disk or a missing permission shows now, not after an hour
             while not self._at_end():
                 self._take_step()
                 if self.losses.full:
                     self._settle_losses()
+                self.saving.settle()
                 self._adapt()
                 self._verify_if_due()
                 improved = self._validate_if_due()
@@ -128,10 +142,12 @@ class Trainer:
         return total
 
     def _summed(self, losses: Tensor) -> Tensor:
-        """Losses summed over the processes; the same message carries the requests to stop."""
-        summed = self.group.sum(torch.cat([losses, losses.new_tensor([self.stop.reason is not None])]))
-        self.stop.agreed |= bool(summed[-1])
-        return summed[:-1]
+        """Losses summed over the processes; the same message carries the requests to stop, and to save."""
+        signals = [self.stop.reason is not None, *self.saving.signals()]
+        summed = self.group.sum(torch.cat([losses, losses.new_tensor(signals)]))
+        self.stop.agreed |= bool(summed[-3])
+        self.saving.hear(summed[-2:])
+        return summed[:-3]
 
     def _adapt(self) -> None:
         """What follows an optimiser step: the method's turn, then the averages'."""
@@ -170,13 +186,7 @@ class Trainer:
         score = self._score(self.parts.valid)
         self.metrics.append("valid", self.position.step, loss=score.loss, accuracy=score.accuracy)
         self.shown.note(f"step {self.position.step}: validation accuracy {score.accuracy:.2%}, loss {score.loss:.4f}")
-        best = self.position.best_accuracy
-        if best is not None and score.accuracy <= best:
-            self.position.validations_since_best += 1
-            return False
-        self.position.best_accuracy, self.position.best_step = score.accuracy, self.position.step
-        self.position.validations_since_best = 0
-        return True
+        return self.position.judge(score, self.parts.run.validation.metric)
 
     def _score(self, loader: Loader) -> Score:
         """A split's score, with averaged weights where the run keeps them."""
@@ -191,11 +201,11 @@ class Trainer:
     def _save_if_due(self, improved: bool) -> None:
         settings = self.parts.run.checkpoint
         best = improved and settings.keep_best
-        if best or self._at_end() or self.position.step % settings.every == 0:
-            self._save(best)
+        if best or self._at_end() or self.saving.due(self.position.step):
+            self._save(best, LAST_PAUSES if self._at_end() else None)
 
-    def _save(self, best: bool = False) -> None:
-        """A checkpoint of this step; never two of one step."""
+    def _save(self, best: bool = False, pauses: Sequence[float] | None = None) -> None:
+        """A checkpoint of this step, as `Saving.save`; never two of one step."""
         if self._saved_at == self.position.step:
             return
         self._settle_losses()
@@ -206,12 +216,9 @@ class Trainer:
         self.job.doing("saving", self.position.step, waiting=not self.group.is_first)
         self.parts.replica.synchronise_buffers()
         tree = capture(self.parts, self.position)
-        self.group.on_first(lambda: self._write(tree, best))
+        metric = self.position.best(self.parts.run.validation.metric) if best else None
+        self.saving.save(self.position.step, tree, metric=metric, best=best, pauses=pauses)
         self._saved_at = self.position.step
-
-    def _write(self, tree: Tree, best: bool) -> None:
-        self._require_finite(tree)
-        self.store.save(self.position.step, tree, metric=self.position.best_accuracy if best else None, best=best)
 
     def _settle_losses(self) -> None:
         """Writes the losses that are still on the device.
@@ -222,18 +229,22 @@ class Trainer:
         bad = self.losses.flush()
         if bad is not None:
             step, loss = bad
+            self.saving.wait()
             raise TrainingDivergedError(
                 f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} {_CALMER}"
             )
 
     def _require_finite(self, tree: Tree) -> None:
-        """No checkpoint holds weights, moments or averages that are not finite; a mask of -inf is none of these."""
+        """No checkpoint holds weights, moments or averages that are not finite; a mask of -inf is none of these.
+
+        Called while training goes on, with a copy of what it had come to.
+        """
         weights = tensors(tree["model"])
         judged: Tree = {name: value for name, value in weights.items() if name not in self._unbounded}
         name = not_finite({"model": judged, "optimizer": tree["optimizer"], "ema": tree["ema"]})
         if name is not None:
             raise TrainingDivergedError(
-                f"after step {self.position.step} '{name}' is no longer finite; training cannot go on, and this "
+                f"after step {position_of(tree).step} '{name}' is no longer finite; training cannot go on, and this "
                 f"state is not saved. {self._last_good()} {_CALMER}"
             )
 
@@ -244,7 +255,8 @@ class Trainer:
         return f"The last good checkpoint is that of step {max(steps)} in {self.directory.checkpoints}."
 
     def _leave(self) -> None:
-        self._save()
+        self._save(pauses=LAST_PAUSES)
+        self.group.on_first(self.metrics.settle)
         raise StopRequestedError(
             f"{self.stop.reason or 'a signal to another process'} received: the run is saved at step "
             f"{self.position.step} of {self.parts.total_steps}; the same command continues it"
@@ -258,6 +270,7 @@ class Trainer:
     def _summarise(self, score: Score) -> None:
         summary = summary_of(self.parts, self.position, score)
         self.metrics.append("final", self.position.step, **summary)
+        self.metrics.settle()
         with writing(self.directory.path):
             write_whole(self.directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
 

@@ -1,7 +1,10 @@
 """metrics.jsonl: one line a record, rewound to the checkpoint when a run continues."""
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor
 
 from hpclr.files import write_whole
+from hpclr.output import say
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import writing
+
+_MOST_WAITING = 100_000  # lines, some 20 MB
 
 
 class MetricsFile:
@@ -23,17 +29,50 @@ class MetricsFile:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._waiting: list[bytes] = []  # lines that could not be written yet
+        self._lost = 0
 
     def append(self, kind: str, step: int, **values: Any) -> None:
-        """Writes one record.
+        """Writes one record; where it cannot be written, it is kept, and written with a later one."""
+        if self._path is None:
+            return
+        had_trouble = bool(self._waiting)
+        self._waiting.append(_line({"kind": kind, "step": step, **values}))
+        try:
+            self._write(self._path)
+        except OSError as error:
+            if not had_trouble:
+                say(f"hpclr: warning: {self._path} cannot be written: {error}. Its records are kept for later.")
+            self._forget_some(step)
+
+    def settle(self) -> None:
+        """Writes what could not be written before.
 
         Raises:
             HpclrError: as `writing`.
         """
-        if self._path is None:
-            return
-        with writing(self._path.parent), self._path.open("ab") as file:
-            file.write(_line({"kind": kind, "step": step, **values}))
+        if self._path is not None and self._waiting:
+            with writing(self._path.parent):
+                self._write(self._path)
+
+    def _write(self, path: Path) -> None:
+        """Writes all that waits, or leaves the file as it was."""
+        with path.open("ab", buffering=0) as file:
+            end, lines = os.fstat(file.fileno()).st_size, b"".join(self._waiting)
+            try:
+                if file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+        self._waiting.clear()
+
+    def _forget_some(self, step: int) -> None:
+        """A disk that stays full must not fill the memory too; the gap is recorded."""
+        if len(self._waiting) > _MOST_WAITING:
+            self._lost += _MOST_WAITING // 2 - (self._lost > 0)  # one of them may be the record of an earlier gap
+            self._waiting[: _MOST_WAITING // 2] = [_line({"kind": "gap", "step": step, "lost": self._lost})]
 
     def rewind(self, step: int) -> None:
         """Drops what was recorded after this step, and a line that a crash cut short.

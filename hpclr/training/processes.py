@@ -2,7 +2,7 @@
 
 import os
 
-from hpclr.parallel.layout import Layout, Task, resolve
+from hpclr.parallel.meeting.layout import Layout, Task, resolve
 from hpclr.slurm import environment as slurm
 
 

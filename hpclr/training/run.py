@@ -3,14 +3,15 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from hpclr.checkpoint import CheckpointStore, Loaded, load_file
+from hpclr.checkpoint import CheckpointStore, Loaded
 from hpclr.config import RunFile, load_run_file
 from hpclr.data import Order
-from hpclr.errors import UsageError
+from hpclr.errors import RetryableError, UsageError
 from hpclr.output import say
-from hpclr.parallel.layout import ALONE, Layout
+from hpclr.parallel.meeting.layout import ALONE, Layout
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.job import assembled
+from hpclr.training.lock import locked
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
 from hpclr.training.progress import Display, Nothing, display
@@ -18,13 +19,16 @@ from hpclr.training.run_directory import RunDirectory
 from hpclr.training.state import Position, from_tree, position_of, restore
 
 
-def train(run: RunFile, runs: Path, *, fresh: bool = False, layout: Layout = ALONE) -> RunDirectory:
+def train(
+    run: RunFile, runs: Path, *, fresh: bool = False, break_lock: bool = False, layout: Layout = ALONE
+) -> RunDirectory:
     """Trains a run, or continues it, in `runs/NAME`; one process, or one of many that all call this.
 
     Args:
         run: the run file.
         runs: the directory that holds runs.
         fresh: start over; a run that is there already is set aside, not overwritten.
+        break_lock: take the directory from a job of which nothing is known, if its heartbeat stands still.
         layout: which process of how many this is.
 
     Raises:
@@ -37,35 +41,38 @@ def train(run: RunFile, runs: Path, *, fresh: bool = False, layout: Layout = ALO
     else:
         directory.check(run)
     with assembled(run, directory, layout) as job:
-        parts = assemble(run, job)
+        continuing = job.group.on_first(lambda: not fresh and bool(CheckpointStore(directory.checkpoints).steps()))
+        parts = assemble(run, job, continuing=continuing)
         with parts.dataset, ExitStack() as held:
-            job.group.on_first(lambda: _take(held, directory, run, fresh))
-            _train_locked(parts, directory)
+            job.group.on_first(lambda: _take(held, directory, run, fresh, break_lock))
+            _train_locked(parts, directory, continuing)
             parts.replica.renew()  # what it holds of the other processes goes before they part
     return directory
 
 
-def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool) -> None:
+def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, break_lock: bool) -> None:
     """Locks the directory, for as long as `held` lasts."""
     if fresh and directory.exists:
-        with directory.locked():  # not from under a process that is training in it
+        with locked(directory.path, break_lock=break_lock):  # not from under a process that is training in it
             old = directory.set_aside()
         say(f"the run that was in {directory.path} is now in {old}")
-    held.enter_context(directory.locked())
+    directory.lock = held.enter_context(locked(directory.path, break_lock=break_lock))
     directory.check(run)  # once more: another process may have been here while the parts were made
 
 
-def _train_locked(parts: Assembly, directory: RunDirectory) -> None:
+def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool) -> None:
     store, group = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep), parts.job.group
     first = _FirstLook(parts, directory, store)
     finished, step = group.on_first(first.look)
     if finished:
         return
+    if continuing and step is None:
+        raise RetryableError(f"{store.directory}: the checkpoints that were there at the start are gone; start again")
     with parts.job.attempt(directory, parts.run.parallel.timeout):
         position = Position()
         if step is not None:
             parts.job.doing("loading a checkpoint", step)
-            position = group.together(lambda: _resume(parts, first.saved or load_file(store.path(step))))
+            position = group.together(lambda: _resume(parts, first.saved or store.load(step)))
         group.on_first(lambda: _begin_records(parts, directory, position))
         with _display(parts, position) as shown:
             if step is not None:

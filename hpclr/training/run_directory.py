@@ -1,12 +1,11 @@
 """The directory of a run: everything about it is in there."""
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,9 +13,11 @@ from hpclr.config import RunFile, differences, dump, load_run_file
 from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.files import write_whole
 
+if TYPE_CHECKING:
+    from hpclr.training.lock import RunLock
+
 RUNS_VARIABLE = "HPCLR_RUNS"
-_LOCK = ".lock"
-_LEFTOVERS = (_LOCK, ".tmp-", ".meeting-", ".nonce-", "logs")  # of a start under way, or that was killed: no run yet
+_LEFTOVERS = (".lock", ".tmp-", ".meeting-", ".nonce-", "logs")  # of a start under way, or that was killed: no run yet
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # trying again changes nothing
 
 
@@ -39,6 +40,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
+        self.lock: RunLock | None = None  # set by the process that holds it for all of the job
 
     @property
     def exists(self) -> bool:
@@ -107,36 +109,14 @@ class RunDirectory:
             return []
         return list(msgspec.json.decode(self.environment.read_bytes())["attempts"])
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run directory against a second process on this machine.
+    def require_held(self) -> None:
+        """Makes sure that this job still owns the run directory, where this is the process that has locked it.
 
         Raises:
-            UsageError: if another process holds it; names that process. Likewise if it may not be written to.
-            RetryableError: if writing or locking fails for another reason.
+            HpclrError: if another job has taken it; names that job.
         """
-        with self._open_lock() as lock:
-            self._lock(lock)
-            yield
-
-    def _lock(self, lock: TextIO) -> None:
-        with writing(self.path):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UsageError(
-                    f"{self.path} is in use by process {lock.read().strip() or 'unknown'}; "
-                    "wait for it to end, or give this run another name (name=…)"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-
-    def _open_lock(self) -> TextIO:
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / _LOCK).open("a+")
+        if self.lock is not None:
+            self.lock.require_held()
 
 
 @contextmanager

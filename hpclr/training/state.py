@@ -1,5 +1,6 @@
 """The whole state of a run as one tree for a checkpoint, and back: what resuming to the bit takes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from torch.optim import Optimizer
 from hpclr.checkpoint import Json, Tree
 from hpclr.config import dump
 from hpclr.data import Order
+from hpclr.lowrank.interchange import factored_weights, tied_names
 from hpclr.parallel.group import Group
 from hpclr.training.assembly import Assembly
 from hpclr.training.environment import random_states, seed_everything, seed_of, set_random_states
+from hpclr.training.tasks import Score
 
 
 @dataclass
@@ -22,10 +25,27 @@ class Position:
 
     step: int = 0  # batches trained on; also the sampler's whole state
     seconds: float = 0.0  # of training so far, over all attempts
-    best_accuracy: float | None = None  # on the validation split
+    best_accuracy: float | None = None  # on the validation split, at best_step
+    best_loss: float | None = None
     best_step: int | None = None
     validations_since_best: int = 0
     finished: bool = False
+
+    def best(self, metric: str) -> float | None:
+        """The best score so far by this metric: accuracy or loss."""
+        return self.best_loss if metric == "loss" else self.best_accuracy
+
+    def judge(self, score: Score, metric: str) -> bool:
+        """Takes a validation score; returns whether by this metric it is better than all before."""
+        best = self.best(metric)
+        gain = score.accuracy if metric == "accuracy" else -score.loss
+        before = -math.inf if best is None else best if metric == "accuracy" else -best
+        if not gain > before:
+            self.validations_since_best += 1
+            return False
+        self.best_accuracy, self.best_loss, self.best_step = score.accuracy, score.loss, self.step
+        self.validations_since_best = 0
+        return True
 
     def ended(self, total_steps: int, patience: int | None) -> bool:
         """Whether a run of this length and with this patience is over here."""
@@ -37,6 +57,7 @@ def capture(parts: Assembly, position: Position) -> Tree:
     """The tree that a checkpoint holds (docs/checkpoint-format.md)."""
     return {
         "model": dict(parts.model.state_dict()),
+        **_interchange(parts.model),
         "optimizer": _optimizer_state(parts.model, parts.optimizer),
         "method": _to_tree({"name": parts.run.method.name, "state": parts.method.state_dict()}),
         "sampler": Json({"step": position.step, "seed": parts.run.train.seed, "order": asdict(_order(parts))}),
@@ -48,6 +69,12 @@ def capture(parts: Assembly, position: Position) -> Tree:
         "data": Json(_data_facts(parts)),
         "environment": Json(parts.environment),
     }
+
+
+def _interchange(model: nn.Module) -> Tree:
+    """What it takes to make dense weights of the file alone."""
+    layers = {name: asdict(layer) for name, layer in factored_weights(model).items()}
+    return {"layers": Json(_plain(layers)), "tied": Json(tied_names(model))}
 
 
 def _random_of_all(group: Group) -> Tree:
@@ -108,7 +135,7 @@ def not_finite(tree: Tree, prefix: str = "") -> str | None:
 
 def restore(parts: Assembly, tree: Tree) -> Position:
     """Takes a checkpoint's tree back into freshly assembled parts: first the shapes, then the contents."""
-    parts.method.load_state_dict(from_tree(tree["method"])["state"])
+    parts.method.load_state_dict(_copied(from_tree(tree["method"])["state"]))
     parts.model.load_state_dict(tensors(tree["model"]))
     _restore_optimizer(parts.model, parts.optimizer, from_tree(tree["optimizer"]))
     if parts.ema is not None:
@@ -117,6 +144,13 @@ def restore(parts: Assembly, tree: Tree) -> Position:
     position = position_of(tree)
     _restore_random(parts, from_tree(tree["random"]), position.step)
     return position
+
+
+def _copied(state: Any) -> Any:
+    """A state with tensors of its own: those of a checkpoint are views of all the file's bytes."""
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) else state
 
 
 def position_of(tree: Tree) -> Position:
@@ -146,8 +180,8 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[st
 
 def _placed(value: Any, parameter: nn.Parameter) -> Any:
     """Moments go where their parameter is; step counts stay on the CPU, as torch keeps them."""
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return value.to(parameter.device)
+    if isinstance(value, Tensor):
+        return value.to(parameter.device if value.ndim > 0 else value.device, copy=True)
     return value
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hpclr.checkpoint import CheckpointStore, Json, load_file
+from hpclr.checkpoint.background import BackgroundSaver
 from hpclr.checkpoint.digest import sha256_of, write_sidecar
 from hpclr.errors import RetryableError, UsageError
 
@@ -53,38 +54,104 @@ def left_overs(store):
 # Killed processes
 
 
-def save_under_failpoint(directory, name, step):
+BEFORE_RENAME = ["before_data", "in_data", "after_data", "after_digest"]
+BEFORE_COMMIT = ["after_rename", "before_commit"]
+AFTER_COMMIT = ["after_commit", "in_retention"]
+PLACES = [*((name, 3) for name in BEFORE_RENAME + BEFORE_COMMIT + AFTER_COMMIT)]
+PLACES += [*((name, 2) for name in [*BEFORE_RENAME, "after_announcement", *BEFORE_COMMIT, "after_commit"])]
+
+
+def save_under_failpoint(directory, name, step, background=False):
+    """Save a step, whose content is another one than that which it may replace."""
     os.environ["HPCLR_FAILPOINT"] = name
-    # the metric makes the content another one than that which it may replace
-    CheckpointStore(directory, keep=2).save(step, tree_of(step), metric=0.5)
+    store = CheckpointStore(directory, keep=2)
+    if not background:
+        store.save(step, tree_of(step), metric=0.5)
+        return
+    with BackgroundSaver(store) as saver:
+        saver.save(step, tree_of(step), metric=0.5)
+    error = saver.finished().error
+    if error is not None:
+        raise error
 
 
-@pytest.mark.parametrize(
-    ("name", "saved_step", "newest"),
-    [
-        ("after_data", 3, 2),
-        ("after_digest", 3, 2),
-        ("after_rename", 3, 2),
-        ("after_commit", 3, 3),
-        ("in_retention", 3, 3),
-        ("after_data", 2, 2),
-        ("after_digest", 2, 2),
-        ("after_rename", 2, 2),
-        ("after_commit", 2, 2),
-    ],
-)
-def test_killed_at_a_failpoint(tmp_path, name, saved_step, newest):
-    store = saved(tmp_path / "c", 1, 2)
-    child = FORK.Process(target=save_under_failpoint, args=(store.directory, name, saved_step))
+def killed_under_failpoint(*arguments):
+    child = FORK.Process(target=save_under_failpoint, args=arguments)
     child.start()
     child.join()
-    assert child.exitcode == -signal.SIGKILL
+    return child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+@pytest.mark.parametrize(("name", "step"), PLACES)
+def test_killed_at_a_failpoint(tmp_path, name, step, background):
+    store = saved(tmp_path / "c", 1, 2)
+    assert killed_under_failpoint(store.directory, name, step, background)
     store.sweep()
-    assert_holds(store.load_newest(), newest)
+    assert_holds(store.load_newest(), 3 if step == 3 and name in AFTER_COMMIT else 2)
     set_aside = {f"step-00000003.h5.bad{end}" for end in ("", ".reason")}
-    assert left_overs(store) == (set_aside if (name, saved_step) == ("after_rename", 3) else set())
+    assert left_overs(store) == (set_aside if step == 3 and name in BEFORE_COMMIT else set())
     saved(store.directory, 3)
     assert_holds(store.load_newest(), 3)
+
+
+FAULTS = {
+    "ENOSPC": r"No space left on device; it needs .* MB, .* MB free\..*Free space there",
+    "EDQUOT": "Disk quota exceeded.*Your quota is used up.*have the quota raised",
+    "EFBIG": "File too large.*limit raised",
+    "EROFS": "Read-only file system.*mounted writable",
+    "EACCES": "Permission denied.*Make the directory writable",
+    "EPERM": "Operation not permitted.*Make the directory writable",
+    "EIO": "Input/output error.*disk, or the network to it, has failed",
+    "ESTALE": "Stale file handle.*mounted again",
+    "ENOENT": "No such file or directory.*has vanished",
+    "ENODEV": "No such device.*is mounted and works",
+}
+
+
+@pytest.mark.parametrize(("fault", "background"), [("ENOSPC", False), ("EDQUOT", False), ("ENOSPC", True)])
+@pytest.mark.parametrize(("name", "step"), [place for place in PLACES if place[0] not in AFTER_COMMIT])
+def test_a_fault_at_a_failpoint(tmp_path, monkeypatch, name, step, fault, background):
+    store = saved(tmp_path / "c", 1, 2)
+    monkeypatch.setenv("HPCLR_FAILPOINT", "")
+    with pytest.raises(RetryableError, match=f"step {step} could not be saved: {FAULTS[fault]}"):
+        save_under_failpoint(store.directory, f"{name}:{fault}", step, background)
+    assert left_overs(store) == set()
+    assert_holds(store.load_newest(), 2)
+    monkeypatch.setenv("HPCLR_FAILPOINT", "")
+    saved(store.directory, 3)
+    assert_holds(store.load_newest(), 3)
+    assert sidecar_lines(store.path(3)) == 1
+
+
+def test_a_fault_in_retention_is_a_warning(tmp_path, monkeypatch, caplog):
+    store = saved(tmp_path / "c", 1, 2)
+    monkeypatch.setenv("HPCLR_FAILPOINT", "in_retention:EIO")
+    store.save(3, tree_of(3))
+    assert "could not be deleted: [Errno 5]" in caplog.text
+    assert_holds(store.load_newest(), 3)
+    assert sorted(store.sweep()) == [".trash-step-00000001.h5", "step-00000001.h5.sha256"]
+    assert left_overs(store) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_has_its_remedy(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("HPCLR_FAILPOINT", f"after_data:{fault}")
+    with pytest.raises(RetryableError, match=FAULTS[fault]):
+        saved(tmp_path / "c", 1)
+
+
+def test_killed_in_the_middle_of_the_data(tmp_path):
+    store = saved(tmp_path / "c", 1, 2)
+    large = {f"w{n}": torch.ones(1 << 20) for n in range(5)}
+    os.environ["HPCLR_FAILPOINT"] = "in_data"
+    child = FORK.Process(target=store.save, args=(3, large))
+    child.start()
+    del os.environ["HPCLR_FAILPOINT"]
+    child.join()
+    assert 0 < (store.directory / ".tmp-step-00000003.h5").stat().st_size < 5 << 22
+    assert store.sweep() == [".tmp-step-00000003.h5"]
+    assert_holds(store.load_newest(), 2)
 
 
 def test_killed_twice_while_replacing(tmp_path):
@@ -92,10 +159,7 @@ def test_killed_twice_while_replacing(tmp_path):
     path = store.path(2)
     write_sidecar(path, sha256_of(path), "0" * 64)  # announced, but the new content never came
     assert_holds(store.load_newest(), 2)
-    child = FORK.Process(target=save_under_failpoint, args=(store.directory, "after_announcement", 2))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert killed_under_failpoint(store.directory, "after_announcement", 2)
     assert_holds(store.load_newest(), 2)
     saved(store.directory, 2)
     assert load_file(path).step == 2
@@ -123,10 +187,27 @@ def save_for_ever(directory, acknowledge):
         os.write(acknowledge, struct.pack("q", step))
 
 
-def kill_while_saving(directory, delay):
+def save_for_ever_in_the_background(directory, acknowledge):
+    """The tree changes as training would change it, as soon as `save` returns."""
+    store = CheckpointStore(directory, keep=2)
+    store.sweep()
+    newest = store.load_newest()
+    step, tree = newest.step if newest else 0, tree_of(0)
+    with BackgroundSaver(store) as saver:
+        while True:
+            step += 1
+            for name, tensor in tree_of(step)["model"].items():
+                tree["model"][name].copy_(tensor)
+            saver.save(step, {**tree, "run": Json({"step": step})})
+            if (report := saver.finished()) is not None:
+                assert report.error is None
+                os.write(acknowledge, struct.pack("q", report.step))
+
+
+def kill_while_saving(target, directory, delay):
     """Start a child that saves, kill it `delay` seconds after its first save; returns its last acknowledged step."""
     read, write = os.pipe()
-    child = FORK.Process(target=save_for_ever, args=(directory, write))
+    child = FORK.Process(target=target, args=(directory, write))
     child.start()
     os.close(write)
     first = os.read(read, 8)
@@ -138,13 +219,14 @@ def kill_while_saving(directory, delay):
     return max(struct.unpack(f"{len(first + rest) // 8}q", first + rest))
 
 
-@pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_killed_at_random_instants(tmp_path, times):
+@pytest.mark.parametrize("saving", [save_for_ever, save_for_ever_in_the_background])
+@pytest.mark.parametrize("times", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_killed_at_random_instants(tmp_path, times, saving):
     generator = random.Random(times)
     store = CheckpointStore(tmp_path / "c", keep=2)
     kinds = set()
     for _ in range(times):
-        acknowledged = kill_while_saving(store.directory, generator.uniform(0, 0.06))
+        acknowledged = kill_while_saving(saving, store.directory, generator.uniform(0, 0.06))
         kinds |= {name.split("-")[0] for name in left_overs(store)}
         store.sweep()
         newest = store.load_newest()
@@ -273,7 +355,7 @@ def test_a_write_that_fails_midway(tmp_path, limit):
     child.join()
     assert child.exitcode == 0
     assert "step 3 could not be saved: File too large" in message
-    assert "Free space" in message
+    assert "Files may not become so large" in message
     assert (remaining, still_open) == (set(), [])
     assert store.steps() == [2, 4]
     assert_holds(store.load_newest(), 4)
@@ -299,7 +381,7 @@ for limit in (100, 3_000, 50_000, 600_000, 1_900_000) * 4:
 def test_a_process_whose_writes_failed_ends_in_peace(tmp_path):
     command = [sys.executable, "-c", FAIL_AGAIN_AND_AGAIN, str(tmp_path / "c")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")  # HDF5 that sees a write fail crashes at exit
+    assert (done.returncode, done.stderr) == (0, "")  # HDF5 that saw a write fail would crash at exit
     assert done.stdout == "refused\n" * 20
 
 
@@ -355,7 +437,7 @@ def test_a_read_only_disk(small_disk, caplog):
     content[100] ^= 1
     store.path(2).write_bytes(content)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(RetryableError, match=rf"{os.strerror(errno.EROFS)}.*Make the directory writable"):
+    with pytest.raises(RetryableError, match=rf"{os.strerror(errno.EROFS)}.*have it mounted writable again"):
         store.save(3, tree_of(3))
     assert_holds(store.load_newest(), 1)
     assert "cannot be set aside" in caplog.text

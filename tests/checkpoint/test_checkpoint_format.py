@@ -1,10 +1,14 @@
 """What goes into a file comes out of it to the bit, and what is not of the format is refused."""
 
+import hashlib
 import io
 import json
 import math
 import pickle
+import random
 import re
+import threading
+import zlib
 from pathlib import Path
 
 import h5py
@@ -15,7 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from hpclr.checkpoint import Json, NewerVersionError, read_attrs, read_tree, write_tree
+from hpclr.checkpoint.digest import _Hasher, check_digest, write_hashed
 from hpclr.checkpoint.format import STORED_AS
+from hpclr.checkpoint.skeleton import Skeleton
 from hpclr.checkpoint.tree import decode_json, encode_json
 from hpclr.checkpoint.writer import size_on_disk
 from hpclr.errors import UsageError
@@ -79,13 +85,92 @@ def test_views_are_stored_by_value(tmp_path, tensor):
 
 
 @pytest.mark.parametrize("shape", [(3_000_001,), (1, 3, 1_000_001), (1_000_003, 3), (7, 5, 60_000)], ids=str)
-def test_tensors_of_several_chunks(tmp_path, shape):
+def test_tensors_of_several_blocks(tmp_path, shape):
     tree = {"t": torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)}
     path = written(tmp_path / "f.h5", tree)
-    with h5py.File(path) as file:
-        assert math.prod(file["t"].chunks) * 4 <= 4 << 20
     assert_same(read_tree(path), tree)
     assert 1 <= size_on_disk(tree) / path.stat().st_size < 1.01
+
+
+def many_kinds():
+    large = {f"large.{i}": torch.full((1000 + i, 7), float(i)) for i in range(5)}
+    huge = {f"huge.{i}": torch.arange(300_000 * (i + 1)) for i in range(4)}
+    return {"model": large | {f"s.{i}": torch.tensor(i) for i in range(30)}, "huge": huge, "run": Json(list(range(9)))}
+
+
+def test_every_dataset_is_where_it_says_with_its_checksum(tmp_path):
+    path = written(tmp_path / "f.h5", many_kinds())
+    content, datasets = path.read_bytes(), []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, node: datasets.append(node) if isinstance(node, h5py.Dataset) else None)
+        for node in datasets:
+            offset, size = node.id.get_offset(), node.id.get_storage_size()
+            stored = content[offset : offset + size]
+            assert stored == node[...].tobytes()
+            assert (node.attrs["crc32"].dtype, node.attrs["crc32"]) == (np.uint32, zlib.crc32(stored))
+            assert size < 4096 or offset % 64 == 0
+            assert node.chunks is None
+    assert len(datasets) == 40
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    digest = write_tree(tmp_path / "f.h5", many_kinds(), {"step": 1})
+    assert digest == hashlib.sha256((tmp_path / "f.h5").read_bytes()).hexdigest()
+
+
+def test_offsets_beyond_4_gib_need_no_memory():
+    skeleton = Skeleton()
+    skeleton.seek(5 << 30)
+    skeleton.write(b"abc")
+    assert skeleton.between((5 << 30) - 2, (5 << 30) + 5) == b"\0\0abc\0\0"
+    assert skeleton.size == (5 << 30) + 3
+
+
+WRITES = st.lists(st.tuples(st.integers(0, 20_000), st.binary(max_size=9000)), max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(writes=WRITES, seed=st.integers(0, 99))
+def test_a_skeleton_is_a_file(writes, seed):
+    skeleton, plain = Skeleton(), bytearray(40_000)
+    for offset, data in writes:
+        skeleton.seek(offset)
+        assert skeleton.write(data) == len(data)
+        plain[offset : offset + len(data)] = data
+    start, stop = sorted(random.Random(seed).sample(range(40_000), 2))
+    assert skeleton.between(start, stop) == plain[start:stop]
+    skeleton.seek(start)
+    assert skeleton.read(stop - start) == plain[start:stop]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [5], [0, 3 << 20, 7, 5 << 20, 0, 9 << 20], [1 << 20] * 3, [700_000] * 13])
+def test_pieces_of_any_length_are_written_in_order(tmp_path, sizes):
+    pieces = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]
+    digest = write_hashed(tmp_path / "f", iter(pieces))
+    assert (tmp_path / "f").read_bytes() == b"".join(pieces)
+    assert digest == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+@pytest.mark.parametrize("many", [1, 300])
+def test_a_source_that_fails_ends_the_write_and_its_thread(tmp_path, many):
+    def pieces():
+        for _ in range(many):
+            yield bytes(1 << 20)
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        write_hashed(tmp_path / "f", pieces())
+    assert threading.active_count() == before
+
+
+def test_hashing_that_fails_is_raised_and_holds_nothing_up():
+    holes = memoryview(bytes(4))[::2]  # not contiguous
+    with _Hasher() as hasher:
+        for _ in range(300):
+            hasher.follow(holes)
+    with pytest.raises(BufferError):
+        hasher.hexdigest()
 
 
 def test_the_order_of_keys_is_kept(tmp_path):
@@ -102,7 +187,7 @@ def test_the_same_tree_gives_the_same_bytes(tmp_path):
 KEYS = st.one_of(
     st.sampled_from(["", ".", "..", "/", "a/b", "%", "%25", "%2F", "\0", "L.0.u", "ключ", "kind", "x" * 300]),
     st.text(st.characters(codec="utf-8"), max_size=8),
-)
+).filter(lambda key: key != "$float")  # reserved in JSON, and hypothesis finds it in the source
 FLOATS = st.floats(width=64)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | FLOATS | st.text(st.characters(codec="utf-8"), max_size=8),
@@ -139,7 +224,7 @@ def test_integers_of_any_size_are_exact(tmp_path):
 
 def test_attributes_and_partial_reading(tmp_path):
     path = written(tmp_path / "f.h5", {"model": {"w": torch.ones(2)}, "run": Json(1)}, metric=0.5)
-    assert read_attrs(path) == {"format": "hpclr-checkpoint", "version": 1, "step": 7, "metric": 0.5}
+    assert read_attrs(path) == {"format": "hpclr-checkpoint", "version": 2, "step": 7, "metric": 0.5}
     assert_same(read_tree(path, only="model"), {"model": {"w": torch.ones(2)}})
     assert_same(read_tree(path, only="run"), {"run": Json(1)})
     with pytest.raises(UsageError, match="'optimizer'"):
@@ -225,10 +310,10 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 def dataset(group, name, data, kind="tensor", dtype="float32", **options):
-    options = {"chunks": True, "fletcher32": True} | options
     made = group.create_dataset(name, data=data, **options)
     made.attrs["kind"] = np.bytes_(kind)
     made.attrs["dtype"] = np.bytes_(dtype)
+    made.attrs["crc32"] = np.uint32(zlib.crc32(data.tobytes()))
     return made
 
 
@@ -273,21 +358,20 @@ def pickled_objects(file):
 
 @hostile
 def references(file):
-    file.create_dataset("w", data=[file.ref], dtype=h5py.ref_dtype, chunks=True, fletcher32=True)
+    file.create_dataset("w", data=[file.ref], dtype=h5py.ref_dtype)
     file["w"].attrs.update(kind=np.bytes_("tensor"), dtype=np.bytes_("float32"))
 
 
 @hostile
 def huge_shape(file):
-    made = file.create_dataset("w", shape=(1 << 50,), dtype="<f4", chunks=(1 << 20,), fletcher32=True)
+    made = file.create_dataset("w", shape=(1 << 50,), dtype="<f4")
     made.attrs.update(kind=np.bytes_("tensor"), dtype=np.bytes_("float32"))
 
 
 @hostile
-def missing_rows(file):
-    made = file.create_dataset("w", (64, 1024), "<f4", chunks=(1, 1024), fletcher32=True)
-    made[:40] = 1
-    made.attrs.update(kind=np.bytes_("tensor"), dtype=np.bytes_("float32"))
+def never_stored(file):
+    made = file.create_dataset("w", (64, 1024), "<f4")
+    made.attrs.update(kind=np.bytes_("tensor"), dtype=np.bytes_("float32"), crc32=np.uint32(zlib.crc32(bytes(1 << 18))))
     dataset(file, "x", np.ones(1 << 17, np.float32))
 
 
@@ -297,13 +381,18 @@ def compressed(file):
 
 
 @hostile
-def without_checksum(file):
-    dataset(file, "w", np.ones(2, np.float32), fletcher32=False)
+def chunked(file):
+    dataset(file, "w", np.ones(2, np.float32), chunks=True, fletcher32=True)
 
 
 @hostile
-def contiguous(file):
-    dataset(file, "w", np.ones(2, np.float32), chunks=None, fletcher32=False)
+def without_checksum(file):
+    del dataset(file, "w", np.ones(2, np.float32)).attrs["crc32"]
+
+
+@hostile
+def wrong_checksum(file):
+    dataset(file, "w", np.ones(2, np.float32)).attrs["crc32"] = np.uint32(1)
 
 
 @hostile
@@ -434,9 +523,35 @@ def test_root_attributes_are_checked(tmp_path, attribute, value, message):
 def test_a_newer_version_is_named(tmp_path):
     path = written(tmp_path / "f.h5", {})
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        file.attrs["version"] = np.int64(2)
-    with pytest.raises(NewerVersionError, match="version 1 to 1, found version 2"):
+        file.attrs["version"] = np.int64(3)
+    with pytest.raises(NewerVersionError, match="version 1 to 2, found version 3"):
         read_tree(path)
+
+
+# Older files
+
+
+def test_a_file_of_version_1_is_read():
+    path = Path(__file__).with_name("version-1.h5")
+    check_digest(path)
+    floats = torch.tensor([1.5, math.inf, -math.inf], dtype=torch.float64)
+    model = {
+        "float32": torch.arange(12, dtype=torch.float32).reshape(3, 4) / 8,
+        "float64": floats,
+        "bfloat16": torch.arange(6).bfloat16().reshape(2, 3),
+        "float16": torch.tensor([0.5, -2.0], dtype=torch.float16),
+        "float8_e4m3fn": torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn),
+        "bool": torch.tensor([True, False, True]),
+        "int64": torch.tensor([-(2**62), 7]),
+        "uint8": torch.arange(5, dtype=torch.uint8),
+        "complex64": torch.tensor([1 + 2j]),
+        "a/b%": torch.tensor(2.5),
+    }
+    run = {"name": "digits", "lr": 1e-3, "seed": 2**70, "worst": math.inf, "none": None}
+    scalar = torch.tensor(3, dtype=torch.int32)
+    expected = {"model": model, "scalar": scalar, "empty": torch.empty(0, 3), "run": Json(run)}
+    assert_same(read_tree(path), expected)
+    assert read_attrs(path) == {"format": "hpclr-checkpoint", "version": 1, "step": 7, "metric": 0.5}
 
 
 # The document
@@ -460,3 +575,12 @@ def test_the_code_in_the_document_reads_a_checkpoint(tmp_path):
     assert found["empty"][""].tolist() == [True, False]
     assert found["empty"]["."].tolist() == [2j]
     assert found["run"] == {"name": "digits", "lr": 1e-3}
+
+
+def test_the_code_in_the_document_finds_a_flipped_bit(tmp_path):
+    path = written(tmp_path / "f.h5", {"model": {"w": torch.ones(2000)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(2000).numpy().tobytes()) + 99] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="/model/w"):
+        exec(re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[0], {"path": path})

@@ -1,9 +1,11 @@
 """The directory of checkpoints: what is kept, what is found again, what is set aside, what is said."""
 
+import errno
 import json
 import logging
 import os
 import subprocess
+import threading
 
 import h5py
 import numpy as np
@@ -227,7 +229,7 @@ def test_a_wrong_layout_with_the_right_digest_is_set_aside(store):
 def test_a_newer_version_is_refused_but_not_set_aside(store):
     saved(store, 1, 2)
     with h5py.File(store.path(2), "r+", libver=("v110", "v110")) as file:
-        file.attrs["version"] = np.int64(2)
+        file.attrs["version"] = np.int64(3)
     write_sidecar(store.path(2), sha256_of(store.path(2)))
     with pytest.raises(NewerVersionError):
         store.load_newest()
@@ -241,6 +243,44 @@ def test_sweep_removes_left_overs_only(store):
     for name in left:
         (store.directory / name).write_text("x")
     assert sorted(store.sweep()) == sorted(left)
+    assert names(store) == before
+
+
+# A file system whose view lags behind
+
+
+class Vanishing(CheckpointStore):
+    """A store whose newest checkpoint is taken away by somebody right after it was listed to be read."""
+
+    def __init__(self, directory, suffixes):
+        super().__init__(directory)
+        self.suffixes, self.listings = suffixes, 0
+
+    def steps(self):
+        steps = super().steps()
+        self.listings += 1
+        if self.listings == 2:  # the first is that of what was never committed
+            for suffix in self.suffixes:
+                path = self.path(steps[-1])
+                path.with_name(path.name + suffix).unlink()
+        return steps
+
+
+@pytest.mark.parametrize("suffixes", [[""], ["", ".sha256"], [".sha256"]], ids=str)
+def test_a_checkpoint_that_vanished_after_it_was_listed_is_no_damage(store, suffixes, caplog):
+    saved(store, 1, 2, 3)
+    assert_holds(Vanishing(store.directory, suffixes).load_newest(), 2)
+    assert caplog.text.count("listed anew") == 1
+
+
+@pytest.mark.parametrize(("fault", "times"), [("ESTALE", 2), ("ENOENT", 2), ("EIO", 1), ("EACCES", 1)])
+def test_a_file_that_cannot_be_read_is_tried_again_and_then_named(store, fault, times, monkeypatch, caplog):
+    saved(store, 1, 2)
+    before = names(store)
+    monkeypatch.setenv("HPCLR_FAILPOINT", f"before_load:{fault}")
+    with pytest.raises(RetryableError, match=rf"cannot be read: .*{os.strerror(getattr(errno, fault))}"):
+        store.load_newest()
+    assert caplog.text.count("listed anew") == times - 1
     assert names(store) == before
 
 
@@ -303,3 +343,15 @@ def test_a_directory_of_somebody_else(store):
         assert_holds(store.load_newest(), 1)
     finally:
         store.directory.chmod(0o755)
+
+
+def test_a_checkpoint_that_this_host_sees_late(store):
+    """As on a network file system: another process has chosen it, here its directory is still as it was."""
+    saved(store, 1, 2)
+    hidden = store.directory.parent / "hidden"
+    digest = sidecar(store.path(2))
+    os.rename(digest, hidden)
+    threading.Timer(0.2, os.rename, (hidden, digest)).start()
+    assert store.load(2).step == 2
+    with pytest.raises(RetryableError, match=r"step-00000003\.h5: the checkpoint cannot be read"):
+        store.load(3, patience=0.0)

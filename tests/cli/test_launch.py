@@ -13,8 +13,8 @@ import pytest
 
 from hpclr.cli import main
 from hpclr.errors import UsageError
-from hpclr.parallel.heartbeat import process_state, read_heartbeat
 from hpclr.parallel.launch import launch, visible_gpus
+from hpclr.parallel.watch.heartbeat import process_state, read_heartbeat
 
 LAUNCHERS = ["torchrun", "mpirun"]
 WORKER = """
@@ -23,8 +23,8 @@ from pathlib import Path
 from hpclr.cli import _report
 from hpclr.errors import HpclrError, RetryableError, StopRequestedError, UsageError
 from hpclr.output import say
-from hpclr.parallel.attempt import attempt_directory, attempts, next_attempt
-from hpclr.parallel.participation import take_part
+from hpclr.parallel.watch.attempt import attempt_directory, attempts, next_attempt
+from hpclr.parallel.watch.participation import take_part
 
 run, fault = Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ.get("RANK") or os.environ["OMPI_COMM_WORLD_RANK"])
@@ -134,6 +134,11 @@ def test_the_exit_code_of_the_attempt_is_that_of_the_launch(tmp_path, launcher, 
         assert record(tmp_path)["code"] == code
         log = tmp_path / "logs" / "attempt-01" / "launcher.log"
         assert log.exists() or fault == "done"
+
+
+def test_torchrun_needs_no_path(tmp_path):
+    code, text = finish(start("torchrun", tmp_path, "done", env=os.environ | {"PATH": "/nonexistent"}))
+    assert (code, text) == (0, "ready\n")
 
 
 def test_what_is_recorded_of_earlier_attempts_does_not_count(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -8,9 +9,18 @@ import h5py
 import pytest
 from data_helpers import write_by_hand
 
+from hpclr.config import load_run_file
 from hpclr.data import open_dataset, prepare, stage, staged
 from hpclr.errors import RetryableError, UsageError
+from hpclr.training.job import on_this_node
 
+RUN_FILE = """
+name: small
+model: {{name: mlp}}
+data: {{path: {folder}/digits.h5, batch_size: 8, stage: {disk}}}
+optimizer: {{lr: 1e-3}}
+train: {{steps: 1}}
+"""
 STAGE = """
 import sys
 from pathlib import Path
@@ -132,3 +142,21 @@ def test_a_file_that_changes_meanwhile_is_not_kept(tmp_path, disk):
     with pytest.raises(RetryableError, match="changed while it was copied"):
         stage([path], disk, progress=append)
     assert not list(disk.iterdir())
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 3), (10.0, 0)])
+def test_a_run_that_copies_for_long_says_how_far_it_is(tmp_path, disk, monkeypatch, capsys, seconds, lines):
+    monkeypatch.setattr("hpclr.data.staging._BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("hpclr.training.job.SECONDS_BETWEEN_LINES", seconds)
+    prepare("digits", None, tmp_path / "digits.h5")
+    size = (tmp_path / "digits.h5").stat().st_size
+    assert 2 << 16 < size <= 3 << 16
+    (tmp_path / "run.yaml").write_text(RUN_FILE.format(folder=tmp_path, disk=disk))
+    run = load_run_file(tmp_path / "run.yaml", [])
+    [copy] = on_this_node(run, [tmp_path / "digits.h5"])
+    assert copy.parent == disk
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert (
+        not said or said[-1] == f"{platform.node()} has copied {size / 1e6:,.0f} of {size / 1e6:,.0f} MB of data (100%)"
+    )

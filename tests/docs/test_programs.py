@@ -20,6 +20,7 @@ import hpclr.cli
 TESTED_ELSEWHERE = {
     "docs/checkpoint-format.md": "tests/checkpoint/test_checkpoint_format.py",
     "docs/data.md": "tests/data/test_data_page.py",
+    "docs/export.md": "tests/training/test_export.py",
     "docs/rank-rules.md": "tests/lowrank/test_ranks.py",
 }
 RUN_HERE = [

@@ -15,8 +15,8 @@ import os, signal, sys, time
 from pathlib import Path
 from hpclr.cli import _report
 from hpclr.errors import HpclrError, StopRequestedError, UsageError
-from hpclr.parallel.participation import take_part
-from hpclr.parallel.watchdog import beat_interval
+from hpclr.parallel.watch.participation import take_part
+from hpclr.parallel.watch.watchdog import beat_interval
 
 directory, rank, size, timeout, fault, meeting = sys.argv[1:]
 directory, rank, size, timeout = Path(directory), int(rank), int(size), float(timeout)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed  # noqa: F401 - here, so that no child has to
 
 from hpclr.errors import HpclrError
-from hpclr.parallel.layout import Layout
+from hpclr.parallel.meeting.layout import Layout
 
 _LIMIT = 40  # seconds
 

@@ -10,8 +10,8 @@ import warnings
 import pytest
 
 from hpclr import output
-from hpclr.parallel.heartbeat import SIZE, Heartbeat, machine, process_state, read_heartbeat
-from hpclr.parallel.logs import logged
+from hpclr.parallel.watch.heartbeat import SIZE, Heartbeat, pid_namespace, process_state, read_heartbeat
+from hpclr.parallel.watch.logs import logged
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_disk_that_takes_nothing_does_not_matter(tmp_path):
 
 
 def test_processes_that_are_gone_or_stopped_are_known():
-    assert machine()
+    assert pid_namespace()
     assert process_state(os.getpid()) in "RS"
     with subprocess.Popen(["sleep", "100"]) as child:
         child.send_signal(19)
@@ -108,7 +108,7 @@ WRITER = """
 import os, subprocess, sys, warnings
 from pathlib import Path
 from hpclr.output import say
-from hpclr.parallel.logs import logged
+from hpclr.parallel.watch.logs import logged
 print("before")
 with logged(Path(sys.argv[1]), console=sys.argv[2] == "first") as log:
     print("printed")

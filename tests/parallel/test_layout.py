@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hpclr.errors import UsageError
-from hpclr.parallel.layout import ALONE, Layout, Task, check_gpus, resolve
+from hpclr.parallel.meeting.layout import ALONE, Layout, Task, check_gpus, resolve
 
 MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "4000"}
 EXPORTED = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", **MASTER}
@@ -182,5 +182,5 @@ def test_cuda_where_there_is_none():
 
 
 def test_it_takes_no_torch():
-    code = "import sys, hpclr.parallel.layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, hpclr.parallel.meeting.layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 0

@@ -13,17 +13,17 @@ import pytest
 from forked import layout, run_all
 
 from hpclr.errors import UsageError
-from hpclr.parallel import meeting, network
-from hpclr.parallel.consultation import consult, ranks_text, sweep
-from hpclr.parallel.layout import Layout
-from hpclr.parallel.meeting import _meeting_file, meet
+from hpclr.parallel.meeting import network, rendezvous
+from hpclr.parallel.meeting.consultation import consult, ranks_text, sweep
+from hpclr.parallel.meeting.layout import Layout
+from hpclr.parallel.meeting.rendezvous import _meeting_file, meet
 
 BIN = Path(sys.executable).parent
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from hpclr.parallel.layout import resolve
-from hpclr.parallel.meeting import meet
+from hpclr.parallel.meeting.layout import resolve
+from hpclr.parallel.meeting.rendezvous import meet
 from hpclr.errors import HpclrError
 try:
     me = resolve(os.environ)
@@ -89,7 +89,7 @@ def test_what_an_earlier_attempt_left_is_no_way(tmp_path, content, monkeypatch):
     """Half a file, a store that is gone, another job's store, something that is no store."""
     from torch.distributed import TCPStore
 
-    monkeypatch.setattr(meeting, "_ONE_TRY", 0.5)
+    monkeypatch.setattr(rendezvous, "_ONE_TRY", 0.5)
     foreign = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     foreign.set("hpclr/token", "of another")
     mute = socket.create_server(("127.0.0.1", 0))
@@ -185,7 +185,7 @@ def test_exported_address(tmp_path):
 
 
 def test_exported_port_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(meeting, "_ONE_TRY", 0.5)
+    monkeypatch.setattr(rendezvous, "_ONE_TRY", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = run_all(2, lambda rank: greet(rank, 2, tmp_path, layout=given(rank, port), timeout=1.0))

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from hpclr.errors import RetryableError, UsageError
-from hpclr.parallel.attempt import (
+from hpclr.errors import HpclrError, RetryableError, StopRequestedError, UsageError, error_of
+from hpclr.parallel.watch.attempt import (
     LAUNCH_VARIABLE,
     attempt_directory,
     attempt_of_launch,
@@ -19,9 +19,9 @@ from hpclr.parallel.attempt import (
     launch_directory,
     next_attempt,
 )
-from hpclr.parallel.diagnosis import diagnose, explain, is_of_peers, post_mortem
-from hpclr.parallel.heartbeat import Heartbeat
-from hpclr.parallel.outcome import Outcome, outcome_of, read_outcome, record_outcome
+from hpclr.parallel.watch.diagnosis import diagnose, explain, is_of_peers, post_mortem
+from hpclr.parallel.watch.heartbeat import Heartbeat
+from hpclr.parallel.watch.outcome import Outcome, outcome_of, read_outcome, record_outcome
 
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
 
@@ -140,6 +140,12 @@ def test_codes_of_errors(error, code):
     assert outcome_of(error).code == code
 
 
+@pytest.mark.parametrize("kind", [HpclrError, UsageError, RetryableError, StopRequestedError])
+def test_an_error_is_known_again_by_its_code(kind):
+    found = error_of(kind("no").exit_code, "no")
+    assert (type(found), str(found)) == (kind, "no")
+
+
 def test_errors_that_come_of_other_processes():
     assert is_of_peers(CLOSED)
     assert is_of_peers(RuntimeError("[gloo] Timed out waiting 3000ms for recv operation to complete"))
@@ -192,7 +198,7 @@ def test_the_culprit_is_told_from_those_who_wait(directory):
 
 
 def test_a_process_that_does_not_beat_is_named_before_one_that_hangs(directory):
-    beats = [beat_of(directory, rank, 3, _machine="elsewhere") for rank in range(3)]
+    beats = [beat_of(directory, rank, 3, _pid_namespace="elsewhere") for rank in range(3)]
     beats[0].phase("computing", 8)
     beats[1].phase("reading data", 8)
     for beat in beats:
@@ -232,5 +238,5 @@ def test_nothing_at_all_is_worth_another_try(directory):
 
 
 def test_none_of_this_needs_torch():
-    program = "import hpclr.parallel.participation, hpclr.parallel.launch, sys; sys.exit('torch' in sys.modules)"
+    program = "import hpclr.parallel.watch.participation, hpclr.parallel.launch, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -7,9 +7,9 @@ import pytest
 from forked import layout, run_all
 
 from hpclr.errors import UsageError
-from hpclr.parallel import consultation, proof
-from hpclr.parallel.meeting import meet
-from hpclr.parallel.proof import agree, share_secret
+from hpclr.parallel.meeting import consultation, proof
+from hpclr.parallel.meeting.proof import agree, share_secret
+from hpclr.parallel.meeting.rendezvous import meet
 
 ROUND = "attempt 3, start"
 

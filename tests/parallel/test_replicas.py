@@ -62,6 +62,20 @@ def test_only_what_is_trained_goes_over_the_wire(processes):
         assert replica["counted"] == 8 * (sigmas + rest) == replica["trained"]
 
 
+def test_all_begin_with_the_first_ones_weights_sent_in_parcels():
+    """A whole model in one message would need room for two more of it."""
+    first, *others = together(3, "start.py")
+    for other in others:
+        assert other["before"] != first["before"]
+        assert other["after"] == first["after"] == first["before"]
+        assert other["sent"] == first["sent"]
+    large = [size for size in first["sent"] if size > 8]  # each has its length before it
+    head, table = 400, 1024 * 64 * 4  # a large tensor goes by itself
+    assert len(large) == 7
+    assert sum(size <= 40_000 + head for size in large) == 6
+    assert table < max(large) <= table + head
+
+
 def test_a_replica_can_be_copied_and_pickled():
     replica = Replica(nn.Linear(3, 3))
     for other in (copy.deepcopy(replica), pickle.loads(pickle.dumps(replica))):

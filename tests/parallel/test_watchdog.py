@@ -8,9 +8,9 @@ import time
 import pytest
 from attempt_helpers import PROGRAM, team
 
-from hpclr.parallel.attempt import heartbeat_path
-from hpclr.parallel.diagnosis import post_mortem
-from hpclr.parallel.heartbeat import process_state, read_heartbeat
+from hpclr.parallel.watch.attempt import heartbeat_path
+from hpclr.parallel.watch.diagnosis import post_mortem
+from hpclr.parallel.watch.heartbeat import process_state, read_heartbeat
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -22,7 +22,7 @@ import pytest
 import torch
 from training_helpers import Bench, Done, last_tree, records
 
-from hpclr.parallel.heartbeat import process_state, read_heartbeat
+from hpclr.parallel.watch.heartbeat import process_state, read_heartbeat
 
 LIMIT = 60.0  # seconds: longer than anything here takes on a busy machine; what takes longer hangs
 FLOAT64 = {"precision": "float64", "threads": 1}

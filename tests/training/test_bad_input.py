@@ -14,7 +14,7 @@ import torch
 from training_helpers import OIALR, Done, hpclr, last_tree, records, steps_kept
 
 from hpclr.checkpoint import load_file
-from hpclr.training.run_directory import RunDirectory, _unusable
+from hpclr.training.run_directory import _unusable
 
 
 def check_refused(done: Done, *texts: str) -> None:
@@ -270,9 +270,3 @@ def test_after_divergence_the_same_command_says_the_same_again(bench):
     again = hpclr("train", bench.write(**sections))
     assert (first.code, again.code) == (1, 1)
     assert first.err.splitlines()[-1] == again.err.splitlines()[-1]
-
-
-def test_a_directory_in_use_is_left_alone(bench):
-    bench.train(train={"steps": 2})
-    with RunDirectory(bench.run).locked():
-        refused(bench, texts=(f"runs/run is in use by process {os.getpid()}", "name="), train={"steps": 2})

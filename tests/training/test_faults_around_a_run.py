@@ -1,7 +1,5 @@
 """What goes wrong around a run: checkpoints deleted, disks full, terminals gone, models and files with surprises."""
 
-import errno
-import fcntl
 import io
 import os
 import signal
@@ -18,12 +16,9 @@ from training_helpers import hpclr, last_tree, records, summary
 
 from hpclr.checkpoint import CheckpointStore, Json, load_file
 from hpclr.config import load_run_file
-from hpclr.errors import RetryableError
 from hpclr.output import Unfailing, let_go_of_dead_streams, printable
 from hpclr.training.assembly import _check_smallest_piece, _smallest_piece, assemble
-from hpclr.training.metrics import MetricsFile
 from hpclr.training.precision import Precision
-from hpclr.training.run_directory import RunDirectory
 from hpclr.training.stopping import StopRequests
 
 SHORT = {"train": {"steps": 3}}
@@ -49,7 +44,6 @@ def test_records_without_checkpoints_are_not_erased(finished, bench):
     delete_checkpoints(bench.train(**SHORT))
     if not finished:
         (bench.run / "summary.json").unlink()
-    (bench.run / ".lock").write_text(str(os.getpid()))
     steps = 4 if finished else 3  # a finished run that is to become longer, or one that was not finished
     texts = ("trained to step 3", "its checkpoints are gone", "--fresh")
     refused(bench, texts=texts, train={"steps": steps})
@@ -91,22 +85,6 @@ def test_a_buffer_that_becomes_infinite_is(bench, monkeypatch):
     assert "'model/seen' is no longer finite" in done.err
 
 
-def test_records_that_cannot_be_written_are_worth_another_try(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(RetryableError, match=r"No space left on device.*the same command goes on"):
-        MetricsFile(tmp_path / "metrics.jsonl").append("train", 1)
-
-
-def test_a_file_system_without_locks_for_now_is_worth_another_try(tmp_path, monkeypatch):
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(RetryableError, match="No locks available"), RunDirectory(tmp_path / "run").locked():
-        pass
-
-
-@pytest.mark.parametrize(("handler", "taken"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
 def test_a_hangup_is_a_request_to_stop_but_not_under_nohup(handler, taken):
     previous = signal.signal(signal.SIGHUP, handler)
     try:

@@ -18,7 +18,7 @@ from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixture
 )
 from training_helpers import hpclr, records, steps_kept
 
-from hpclr.parallel.heartbeat import process_state
+from hpclr.parallel.watch.heartbeat import process_state
 
 TIMEOUT = 5  # parallel.timeout of these runs, seconds
 SLACK = 20  # seconds in which processes of a busy machine find out and end, beyond that
@@ -249,9 +249,9 @@ def test_a_second_job_in_the_same_run_directory_is_refused(team):
     sections = failing(team)
     first = team.srun(2, **sections, variables={"TROUBLE": "slow:0:1"})
     first.await_step(2)
-    refused(team.srun(2, **sections), f"is in use by process {first.pids[0]}")
+    refused(team.srun(2, **sections), f"is in use by job 4711 (restart 0), process {first.pids[0]} on")
     fresh = team.srun(2, "--fresh", **sections)
-    refused(fresh, f"is in use by process {first.pids[0]}")
+    refused(fresh, f"is in use by job 4711 (restart 0), process {first.pids[0]} on")
     assert first.ended() == [0, 0], first.console
     assert [record["step"] for record in records(first.run, "train")] == list(range(1, 14))
     assert len(list(first.run.glob("logs/attempt-*"))) == 1
@@ -260,6 +260,7 @@ def test_a_second_job_in_the_same_run_directory_is_refused(team):
 
 FULL = """
 import errno, os, resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from hpclr.checkpoint import CheckpointStore
 if os.environ["SLURM_PROCID"] == "0":
     save = CheckpointStore.save
@@ -267,7 +268,6 @@ if os.environ["SLURM_PROCID"] == "0":
     def limited(self, step, *more, **others):
         if step == 4:  # as on a disk without room for another file
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return save(self, step, *more, **others)
 
     CheckpointStore.save = limited
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_with_the_message_of_the_fi
     started = team.srun(4, **sections, before=FULL)
     assert started.ended() == [75] * 4, started.console
     (said,) = errors(started.console)
-    assert "Free space there" in said
+    assert "of step 13 could not be saved: File too large" in said
     assert "rank 0 on" in said
     assert started.outcome()["code"] == 75
     assert max(steps_kept(started.run)) == 2

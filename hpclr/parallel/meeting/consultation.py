@@ -9,8 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpclr.errors import HpclrError, RetryableError, UsageError
-from hpclr.parallel.layout import Layout
+from hpclr.errors import HpclrError, RetryableError, error_of
+from hpclr.parallel.meeting.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _PAUSE = 0.01
 _GRACE = 5.0  # seconds that rank 0 may need to tell the others what it found
 _STALE = 24 * 3600.0
-_KINDS = {kind.exit_code: kind for kind in (HpclrError, UsageError, RetryableError)}
 
 
 def consult(
@@ -61,7 +60,7 @@ def consult(
             f"the first error. ({first_line(error)})"
         ) from error
     if verdict["error"] is not None:
-        found = _KINDS[verdict["code"]](verdict["error"])
+        found = error_of(verdict["code"], verdict["error"])
         found.shared = layout.rank > 0
         raise found
     return verdict["answer"]

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpclr.errors import RetryableError, UsageError
 from hpclr.files import write_whole
-from hpclr.parallel import mpi, network
-from hpclr.parallel.consultation import consult, first_line, sweep
-from hpclr.parallel.layout import Layout
+from hpclr.parallel import mpi
+from hpclr.parallel.meeting import network
+from hpclr.parallel.meeting.consultation import consult, first_line, sweep
+from hpclr.parallel.meeting.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -132,7 +133,7 @@ def _open(
         _publish(layout, comm, directory, timeout, _Contact([], 0, "", "", str(error)))
         raise
     store = _serve("127.0.0.1", 0, timeout)
-    contact = _Contact(addresses, store.port, secrets.token_hex(16), network.machine())
+    contact = _Contact(addresses, store.port, secrets.token_hex(16), network.network_namespace())
     store.set(_TOKEN, contact.token)
     _publish(layout, comm, directory, timeout, contact)
     return _Connection(store)
@@ -229,7 +230,7 @@ def _connect(contact: _Contact, timeout: float) -> _Connection:
     if contact.error is not None:
         raise UsageError(contact.error)
     addresses = contact.addresses
-    if contact.machine == network.machine():
+    if contact.machine == network.network_namespace():
         addresses = ["127.0.0.1", *addresses]
     tried = []
     for address in addresses:
@@ -341,7 +342,7 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def _call_the_roll(layout: Layout, connection: _Connection, timeout: float, interface: str | None) -> None:
-    card = {"machine": network.machine(), "peer": connection.peer, "error": None}
+    card = {"machine": network.network_namespace(), "peer": connection.peer, "error": None}
     try:
         if interface is not None:
             network.address_of(interface)
@@ -367,6 +368,6 @@ def _interface(answer: dict[str, Any], connection: _Connection) -> str | None:
     """The loopback interface on one machine; else the one between the others and rank 0's machine."""
     if answer["address"] is None:
         return network.interface_with("127.0.0.1")
-    near = network.machine() == answer["machine"]
+    near = network.network_namespace() == answer["machine"]
     address = answer["address"] if near else connection.local
     return network.interface_with(address) if address else None

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, HpclrError
+from hpclr.errors import EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, HpclrError, exit_code_of, message_of
 from hpclr.files import write_once
 
 EXIT_FILE = "exit.json"
 _NAMES = {0: "done", EXIT_REQUEUE: "saved", EXIT_RETRY: "retry", EXIT_USAGE: "usage"}
-_LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EXDEV)
 
 
@@ -83,11 +82,8 @@ def read_outcome(directory: Path) -> Outcome | None:
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """What an error of a process means for the attempt: its own code, 75 for faults of input and output, else 1."""
-    if isinstance(error, HpclrError):
-        return Outcome(error.exit_code, str(error))
-    transient = isinstance(error, OSError) and not isinstance(error, _LASTING)
-    return Outcome(EXIT_RETRY if transient else EXIT_ERROR, f"unexpected {type(error).__name__}: {error}")
+    """What an error of a process means for the attempt."""
+    return Outcome(exit_code_of(error), message_of(error))
 
 
 def _create(path: Path, content: bytes) -> bool:

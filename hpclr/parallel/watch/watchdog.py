@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from hpclr.errors import EXIT_RETRY
-from hpclr.parallel.attempt import heartbeat_path
-from hpclr.parallel.diagnosis import diagnose, obvious
-from hpclr.parallel.heartbeat import Heartbeat, Record, machine, process_state, read_heartbeat
-from hpclr.parallel.logs import Log
-from hpclr.parallel.outcome import Outcome, read_outcome, record_outcome
+from hpclr.parallel.watch.attempt import heartbeat_path
+from hpclr.parallel.watch.diagnosis import diagnose, obvious
+from hpclr.parallel.watch.heartbeat import Heartbeat, Record, pid_namespace, process_state, read_heartbeat
+from hpclr.parallel.watch.logs import Log
+from hpclr.parallel.watch.outcome import Outcome, read_outcome, record_outcome
 
 _LONGEST_INTERVAL = 1.0  # seconds
 _LONGEST_TICK = 0.25  # seconds; a death on the same machine is seen within it
@@ -108,7 +108,7 @@ class Watchdog:
 
     def _death_of(self, peer: Record) -> Outcome | None:
         """Records the death of a peer of this machine that left no last word."""
-        if peer.machine != machine() or process_state(peer.pid):
+        if peer.pid_namespace != pid_namespace() or process_state(peer.pid):
             return None
         self._next = read_heartbeat(self._next_path) or peer  # it may have had a last word by now
         found = obvious(self._directory, {peer.rank: self._next})

@@ -14,12 +14,12 @@ import msgspec
 
 from hpclr.errors import StopRequestedError
 from hpclr.output import printable
-from hpclr.parallel.attempt import heartbeat_path, log_path
-from hpclr.parallel.diagnosis import explain
-from hpclr.parallel.heartbeat import Heartbeat
-from hpclr.parallel.logs import Log, logged
-from hpclr.parallel.outcome import AttemptFailedError, Outcome, outcome_of, record_outcome
-from hpclr.parallel.watchdog import Watchdog, beat_interval
+from hpclr.parallel.watch.attempt import heartbeat_path, log_path
+from hpclr.parallel.watch.diagnosis import explain
+from hpclr.parallel.watch.heartbeat import Heartbeat
+from hpclr.parallel.watch.logs import Log, logged
+from hpclr.parallel.watch.outcome import AttemptFailedError, Outcome, outcome_of, record_outcome
+from hpclr.parallel.watch.watchdog import Watchdog, beat_interval
 
 
 @contextmanager

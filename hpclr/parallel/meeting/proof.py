@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpclr.errors import HpclrError, RetryableError, UsageError
+from hpclr.errors import HpclrError, RetryableError, UsageError, error_of
 from hpclr.files import write_whole
-from hpclr.parallel.consultation import consult, ranks_text, sweep
-from hpclr.parallel.layout import Layout
+from hpclr.parallel.meeting.consultation import consult, ranks_text, sweep
+from hpclr.parallel.meeting.layout import Layout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ def _open_when_visible(path: Path) -> int:
 def _all_have_read(cards: list[dict[str, Any]]) -> None:
     for card in cards:
         if card["error"] is not None:
-            raise (UsageError if card["code"] == UsageError.exit_code else RetryableError)(card["error"])
+            raise error_of(card["code"], card["error"])
 
 
 def _sign(secret: bytes, round: str, who: int | str, world_size: int, payload: str) -> str:

@@ -9,9 +9,9 @@ from typing import Literal
 import msgspec
 
 from hpclr.errors import EXIT_RETRY, HpclrError
-from hpclr.parallel.attempt import heartbeat_path, log_path
-from hpclr.parallel.heartbeat import Record, machine, process_state, read_heartbeat
-from hpclr.parallel.outcome import Outcome, outcome_of, read_outcome, record_outcome
+from hpclr.parallel.watch.attempt import heartbeat_path, log_path
+from hpclr.parallel.watch.heartbeat import Record, pid_namespace, process_state, read_heartbeat
+from hpclr.parallel.watch.outcome import Outcome, outcome_of, read_outcome, record_outcome
 
 State = Literal["failed", "dead", "missing", "silent", "hanging", "waiting"]
 PATIENCE = 2.5  # beats after which a process that shows none counts as silent
@@ -64,8 +64,8 @@ def obvious(directory: Path, records: dict[int, Record | None]) -> Diagnosis | N
     for record in present:
         if record.ending == "failed":
             return Diagnosis("failed", record.rank, record.message, record)
-    here = machine()
-    dead = [r for r in present if not r.ending and r.machine == here and here and not process_state(r.pid)]
+    here = pid_namespace()
+    dead = [r for r in present if not r.ending and r.pid_namespace == here and here and not process_state(r.pid)]
     return _dead(directory, dead) if dead else None
 
 
@@ -198,7 +198,7 @@ def _dead(directory: Path, records: list[Record]) -> Diagnosis:
 
 def _stopped(records: list[Record]) -> Diagnosis:
     record = min(records, key=_behind)
-    seen = record.machine == machine() and process_state(record.pid) == "T"
+    seen = record.pid_namespace == pid_namespace() and process_state(record.pid) == "T"
     why = "stopped by a signal" if seen else "stopped, out of reach, or its node is gone"
     return Diagnosis(
         "silent",

@@ -59,7 +59,7 @@ def own_addresses(interface: str | None, host_suffix: str) -> list[str]:
     return list(dict.fromkeys([name, full_name, *addresses]))
 
 
-def machine() -> str:
+def network_namespace() -> str:
     """The same text in processes that reach one another over the loopback interface, and in no others."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     identity = boot.read_text().strip() if boot.exists() else "unknown"

@@ -57,7 +57,7 @@ def logged(path: Path, *, console: bool) -> Iterator[Log]:
     Raises:
         OSError: if the log cannot be opened.
     """
-    with path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as file, _kept() as (out, error):
+    with _opened(path) as file, _kept() as (out, error):
         log = Log(file, error)
         if not console:
             _point(file.fileno(), file.fileno())
@@ -66,6 +66,17 @@ def logged(path: Path, *, console: bool) -> Iterator[Log]:
                 yield log
         finally:
             log.restore(out)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A log; what a full disk has not taken in the end is lost, and nothing else with it."""
+    file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 @contextlib.contextmanager

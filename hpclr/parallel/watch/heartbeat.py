@@ -25,7 +25,7 @@ class Record(msgspec.Struct):
     world_size: int
     host: str
     pid: int
-    machine: str  # processes with the same value see one another's pids
+    pid_namespace: str  # processes with the same value see one another's pids
     beat: int  # rises while the process can run at all
     progress: int  # rises while its main thread goes from phase to phase
     phase: str
@@ -72,7 +72,7 @@ class Heartbeat:
         self.rank, self.world_size, self.host = rank, world_size, host[:64]
         self.now = Moment(0, "starting", None, False, time.monotonic())
         self._path = path
-        self._machine = machine()
+        self._pid_namespace = pid_namespace()
         self._beat = 0
         self._last: tuple[Ending, int, str] = ("", 0, "")
 
@@ -109,7 +109,7 @@ class Heartbeat:
         """What the file is to say now."""
         now = self.now
         return Record(
-            *(self.rank, self.world_size, self.host, os.getpid(), self._machine, self._beat),
+            *(self.rank, self.world_size, self.host, os.getpid(), self._pid_namespace, self._beat),
             *(now.progress, now.phase, now.step, now.waiting, round(time.monotonic() - now.since, 1)),
             *(*self._last, self._beat),
         )
@@ -130,7 +130,7 @@ def read_heartbeat(path: Path) -> Record | None:
     return None
 
 
-def machine() -> str:
+def pid_namespace() -> str:
     """A name for what shares one table of pids: a boot of a kernel, and a container within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,172 @@
+"""Saving while training goes on: it stops only while its state is copied to host memory."""
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from hpclr.checkpoint.store import CheckpointStore
+from hpclr.checkpoint.tree import Json, Tree, TreeLike
+from hpclr.checkpoint.writer import size_on_disk
+
+_Buffers: TypeAlias = dict[tuple[str, ...], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How a save has gone.
+
+    Attributes:
+        step: optimiser steps done.
+        blocked: seconds in which `save` held up its caller.
+        seconds: seconds from the call of `save` until all was over.
+        bytes: size of the file; 0 if there is none.
+        error: why nothing was saved, or None.
+    """
+
+    step: int
+    blocked: float
+    seconds: float
+    bytes: int = 0
+    error: Exception | None = None
+
+
+class BackgroundSaver:
+    """Saves trees by a thread, one at a time, from a copy in host memory.
+
+    The copy's memory is kept and used again for the next tree. As a context manager it waits at the
+    end, so that a save in flight is completed also if the block raises.
+
+    Args:
+        store: where to save.
+        check: called with the tree before anything is written; what it raises is the save's failure.
+    """
+
+    def __init__(self, store: CheckpointStore, *, check: Callable[[Tree], None] | None = None) -> None:
+        self._store, self._check = store, check
+        self._host = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._reports: deque[SaveReport] = deque()
+
+    def __enter__(self) -> "BackgroundSaver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step being saved by the thread."""
+        return self._step if self._thread is not None and self._thread.is_alive() else None
+
+    def save(
+        self, step: int, tree: Tree, *, metric: float | None = None, best: bool = False, wait: bool = False
+    ) -> None:
+        """Copy a tree and save the copy in the background; a save in flight is waited for first.
+
+        Args:
+            step: optimiser steps done.
+            tree: as for `write_tree`; it may change as soon as this returns.
+            metric: as for `CheckpointStore.save`.
+            best: as for `CheckpointStore.save`.
+            wait: save the tree itself, without a copy, before this returns.
+
+        Raises:
+            TypeError, ValueError: the tree cannot be stored.
+            MemoryError: there is no memory for the copy.
+            Exception: with `wait`, whatever `check` and `CheckpointStore.save` raise; no report is made of it.
+        """
+        start = time.monotonic()
+        self.wait()
+        if wait:
+            size = self._saved(step, tree, metric, best)
+            seconds = time.monotonic() - start
+            self._reports.append(SaveReport(step, seconds, seconds, size))
+            return
+        size_on_disk(tree)  # a wrong tree is the caller's mistake: it is raised here
+        copied = self._host.take(tree)
+        blocked = time.monotonic() - start
+        thread = threading.Thread(
+            target=self._run, args=(step, copied, metric, best, start, blocked), name="hpclr-save", daemon=False
+        )
+        thread.start()
+        self._thread, self._step = thread, step
+
+    def finished(self) -> SaveReport | None:
+        """The report of a save that has ended, each once, the oldest first; None if there is none. Does not wait."""
+        return self._reports.popleft() if self._reports else None
+
+    def wait(self) -> None:
+        """Wait until no save is in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, step: int, tree: Tree, metric: float | None, best: bool, start: float, blocked: float) -> None:
+        """The thread."""
+        size, fault = 0, None
+        try:
+            size = self._saved(step, tree, metric, best)
+        except Exception as error:  # whatever it is, it must reach the one who asks for the report
+            fault = error
+        self._reports.append(SaveReport(step, blocked, time.monotonic() - start, size, fault))
+
+    def _saved(self, step: int, tree: Tree, metric: float | None, best: bool) -> int:
+        """Check and save; returns the size of the file in bytes."""
+        if self._check is not None:
+            self._check(tree)
+        return self._store.save(step, tree, metric=metric, best=best).stat().st_size
+
+
+class HostCopy:
+    """Copies of trees in host memory, each in the memory of the one before as far as it fits."""
+
+    def __init__(self) -> None:
+        self._buffers: _Buffers = {}
+
+    def take(self, tree: TreeLike) -> Tree:
+        """A copy of a tree; it ends the life of the copy taken before.
+
+        Raises:
+            MemoryError: there is no memory for it.
+        """
+        before, self._buffers = self._buffers, {}
+        devices: set[torch.device] = set()
+        copied = self._copy(tree, (), before, devices)
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        return copied
+
+    def _copy(self, tree: TreeLike, path: tuple[str, ...], before: _Buffers, devices: set[torch.device]) -> Tree:
+        copied: Tree = {}
+        for key, node in tree.items():
+            here = (*path, key)
+            if isinstance(node, Mapping):
+                copied[key] = self._copy(node, here, before, devices)
+            elif isinstance(node, Json):
+                copied[key] = copy.deepcopy(node)
+            else:
+                copied[key] = self._buffers[here] = _filled(before.pop(here, None), node.detach())
+                if not node.is_cpu:
+                    devices.add(node.device)
+        return copied
+
+
+def _filled(buffer: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+    """The buffer, or a new one if it does not fit, with a tensor's values; from a device they may still be coming."""
+    if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
+        buffer = _new_buffer(tensor)
+    return buffer.copy_(tensor, non_blocking=True)
+
+
+def _new_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    except RuntimeError as error:  # torch's way to say that memory is out
+        raise MemoryError(f"no memory for a copy of shape {tuple(tensor.shape)}, {tensor.dtype}: {error}") from error

@@ -1,0 +1,31 @@
+"""`hpclr export`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    type=click.Choice(["safetensors", "torch", "onnx", "hdf5"]),
+    help="Without it OUT's suffix tells: .safetensors, .pt or .pth, .onnx, .h5.",
+)
+@click.option("--dense", "form", flag_value="dense", default="dense", help="Multiply factored weights out (default).")
+@click.option("--factored", "form", flag_value="factored", help="Leave them as factors.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float64", "bf16", "fp16"]), help="Type of the weights; as stored."
+)
+@click.option("--no-average", is_flag=True, help="The run's own weights, also where it keeps averaged ones.")
+@click.option("--best", is_flag=True, help="Of a run directory: the best checkpoint on validation, not the newest.")
+@click.option("--trust", is_flag=True, help="For ONNX: import the target: model that the checkpoint names.")
+@click.option("--untrusted", is_flag=True, help="Have the file examined by a process of its own, with limits, first.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+def export(checkpoint: Path, out: Path, form: str, no_average: bool, **options: Any) -> None:
+    """Write the weights in CHECKPOINT, a file or a run directory, to OUT, for programs other than hpclr."""
+    from hpclr.training.export import export_checkpoint
+
+    click.echo(export_checkpoint(checkpoint, out, factored=form == "factored", average=not no_average, **options))

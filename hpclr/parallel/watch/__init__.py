@@ -1,0 +1,1 @@
+"""What the processes of an attempt leave in its directory, the watch over them, and who is to blame when one fails."""

@@ -1,0 +1,241 @@
+"""`hpclr export`: the weights in a checkpoint as a file that other programs read.
+
+Except for ONNX, which holds the computation too, everything follows from the checkpoint: no model is built
+and nothing is imported.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpclr.checkpoint import Json, Loaded, Tree, write_tree
+from hpclr.checkpoint.digest import read_sidecar, sha256_of, sidecar_of, write_sidecar
+from hpclr.errors import UsageError
+from hpclr.files import synchronise
+from hpclr.lowrank.interchange import cast_state_dict, dense_state_dict
+from hpclr.training.evaluation import find_checkpoint, load_checkpoint
+from hpclr.training.stored_weights import Layers, StoredWeights, stored_weights
+from hpclr.version import __version__
+
+SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".onnx": "onnx", ".h5": "hdf5"}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Exported(NamedTuple):
+    """What was written, for a line to people."""
+
+    path: Path
+    step: int
+    what: str
+    bytes: int
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what} of step {self.step}, {self.bytes:,} bytes{self.note}"
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What is to be written: a state dict in its final types, factored or not, and where it comes from."""
+
+    state: dict[str, Tensor]
+    layers: Layers
+    dtype: torch.dtype | None
+    facts: dict[str, str]
+    step: int
+
+    @property
+    def layers_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps({name: asdict(layer) for name, layer in self.layers.items()}))
+        return plain
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    format: str | None = None,
+    factored: bool = False,
+    dtype: str | None = None,
+    average: bool = True,
+    best: bool = False,
+    trust: bool = False,
+    untrusted: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Writes the weights in a checkpoint to `out`, whole or not at all.
+
+    Args:
+        checkpoint: a file or a run directory.
+        out: the file to write.
+        format: safetensors, torch, onnx or hdf5; None: by the suffix of `out`.
+        factored: leave factored weights as they are, instead of multiplying them out.
+        dtype: of the floating tensors, one of `DTYPES`; None: as stored.
+        average: take averaged weights where the run keeps them: those that it is judged by.
+        best: of a run directory, the best checkpoint on validation instead of the newest.
+        trust: whether a model that the checkpoint names as `target:` may be imported (ONNX only).
+        untrusted: as `load_checkpoint`.
+        force: replace a file that is there.
+
+    Raises:
+        UsageError: if the checkpoint or `out` cannot be used, or a number is too large for `dtype`.
+    """
+    chosen = format or _format_of(out)
+    source = find_checkpoint(checkpoint, best=best)
+    _check_place(out, source, force)
+    loaded = load_checkpoint(source, untrusted=untrusted)
+    stored = stored_weights(loaded.tree, source, average=average)
+    weights = _prepared(loaded, stored, factored, DTYPES[dtype] if dtype else None)
+    writers: dict[str, Callable[[Path, _Weights], str]] = {
+        "safetensors": _write_safetensors,
+        "torch": _write_torch,
+        "hdf5": _write_hdf5,
+        "onnx": lambda path, weights: _write_onnx(path, weights, loaded, trust),
+    }
+    with _written_whole(out) as temporary:
+        note = writers[chosen](temporary, weights)
+    return Exported(out, loaded.step, _described(stored, factored), out.stat().st_size, note)
+
+
+def _format_of(out: Path) -> str:
+    if out.suffix not in SUFFIXES:
+        raise UsageError(
+            f"{out}: its suffix does not tell the format: expected one of {', '.join(SUFFIXES)}, found "
+            f"'{out.suffix}'; choose another name, or say --format"
+        )
+    return SUFFIXES[out.suffix]
+
+
+def _check_place(out: Path, source: Path, force: bool) -> None:
+    """Refuses what would fail or destroy something, before the work is done."""
+    if out.is_dir() or not out.parent.is_dir():
+        what = "a directory" if out.is_dir() else f"to be written, but there is no directory {out.parent}"
+        raise UsageError(f"{out}: expected the name of a file, it is {what}")
+    if out.exists() and out.samefile(source):
+        raise UsageError(f"{out}: it is the checkpoint itself; choose another name")
+    if source.parent.name == "checkpoints" and out.parent.samefile(source.parent):
+        raise UsageError(f"{out}: in {out.parent} lie the checkpoints of a run, nothing else; write it elsewhere")
+    if out.exists() and not force:
+        raise UsageError(f"{out}: it is there already; pass --force to replace it")
+
+
+def _prepared(loaded: Loaded, stored: StoredWeights, factored: bool, dtype: torch.dtype | None) -> _Weights:
+    facts = {
+        "hpclr": __version__,
+        "step": str(loaded.step),
+        "weights": "averaged" if stored.averaged else "own",
+        "source": loaded.path.name,
+        "source_sha256": sha256_of(loaded.path),
+    }
+    try:
+        if factored:
+            return _Weights(cast_state_dict(stored.state, dtype), stored.layers, dtype, facts, loaded.step)
+        return _Weights(dense_state_dict(stored.state, stored.layers, dtype), {}, dtype, facts, loaded.step)
+    except ValueError as error:
+        raise UsageError(f"{loaded.path}: {error}; choose another --dtype") from error
+
+
+def _described(stored: StoredWeights, factored: bool) -> str:
+    """What is written, and how many numbers that is in either form."""
+    as_stored = sum(value.numel() for value in stored.state.values())
+    inside = {key for layer in stored.layers.values() for key in layer.factors}
+    dense = sum(value.numel() for key, value in stored.state.items() if key not in inside)
+    dense += sum(prod(layer.shape) for layer in stored.layers.values())
+    kind = "averaged weights" if stored.averaged else "weights"
+    if factored:
+        return f"factored {kind} ({as_stored:,} numbers, dense {dense:,})"
+    return f"dense {kind} ({dense:,} numbers, factored {as_stored:,})"
+
+
+# The formats. Each writes a new file and returns what is to be said of it.
+
+
+def _write_safetensors(path: Path, weights: _Weights) -> str:
+    metadata = {"format": "pt", **weights.facts, "layers": json.dumps(weights.layers_json)}
+    try:
+        save_file(_apart(weights.state), path, metadata)
+    except KeyError as error:
+        raise UsageError(
+            f"safetensors has no type {error}, in which a tensor is stored; choose hdf5 or torch"
+        ) from error
+    return ""
+
+
+def _write_torch(path: Path, weights: _Weights) -> str:
+    """Dense, a plain state dict; factored, one beside the description that it needs."""
+    state = _apart(weights.state)
+    whole = {"state_dict": state, "layers": weights.layers_json, "hpclr": weights.facts}
+    try:
+        with path.open("wb") as file:
+            torch.save(whole if weights.layers else state, file)
+    except RuntimeError as error:  # torch's, over that of the file system
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    return ""
+
+
+def _write_hdf5(path: Path, weights: _Weights) -> str:
+    tree: Tree = {
+        "model": {**weights.state},
+        "layers": Json(weights.layers_json),
+        "export": Json(weights.facts),
+    }
+    write_sidecar(path, write_tree(path, tree, {"step": weights.step}))
+    return ""
+
+
+def _write_onnx(path: Path, weights: _Weights, loaded: Loaded, trust: bool) -> str:
+    from hpclr.training.onnx_export import write_onnx
+
+    layers, dtype = weights.layers_json, weights.dtype
+    return write_onnx(path, loaded, weights.state, layers=layers, dtype=dtype, facts=weights.facts, trust=trust)
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that each have their memory alone: of a view, torch and safetensors see the whole behind it."""
+    return {
+        key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+        for key, value in state.items()
+    }
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A name for a new file that takes the place of `out`, its digest with it, if the block succeeds.
+
+    Raises:
+        UsageError: if it cannot be written; what was there is still there then.
+    """
+    try:
+        with TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.parent) as directory:
+            temporary = Path(directory) / out.name
+            yield temporary
+            temporary.chmod(0o644)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            _put_in_place(temporary, out)
+        synchronise(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{out}: it cannot be written: {error}. Check that there is space and that the directory is writable."
+        ) from error
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """By renames. While a file with a digest replaces another, the content of either is good."""
+    digests = read_sidecar(temporary) if sidecar_of(temporary).exists() else []
+    if digests and out.exists():
+        write_sidecar(out, *digests, sha256_of(out))
+    os.replace(temporary, out)
+    if digests:
+        write_sidecar(out, *digests)

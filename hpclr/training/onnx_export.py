@@ -1,0 +1,194 @@
+"""A checkpoint's model as an ONNX graph, with torch's exporter; checked with onnxruntime where it is installed."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from hpclr.checkpoint import Loaded
+from hpclr.config import RunFile, parse_run_file
+from hpclr.errors import UsageError
+from hpclr.training.assembly import build_model, check_outputs
+from hpclr.training.evaluation import malformed_named, require_trust
+from hpclr.training.factored import with_factors
+from hpclr.training.precision import Precision
+from hpclr.training.state import from_tree
+
+_LARGEST = 2**31 - 1  # bytes of a protobuf message
+_INPUT, _OUTPUT = "samples", "logits"
+
+
+class _Samples(NamedTuple):
+    """What a checkpoint says of the data that its model is for."""
+
+    sample_shape: tuple[int, ...]
+    classes: Sequence[str]
+
+    def draw(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Random samples, always the same."""
+        return torch.randn(number, *self.sample_shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+
+
+def write_onnx(
+    path: Path,
+    loaded: Loaded,
+    state: dict[str, Tensor],
+    *,
+    layers: dict[str, Any],
+    dtype: torch.dtype | None,
+    facts: dict[str, str],
+    trust: bool,
+) -> str:
+    """Builds the model of a checkpoint and writes what it computes; the batch may have any size.
+
+    Args:
+        path: the new file.
+        loaded: a checkpoint of `hpclr train`.
+        state: the weights.
+        layers: which of them are factors.
+        dtype: in which the graph is to compute; None: as the run.
+        facts: noted in the file.
+        trust: whether a `target:` may be imported.
+
+    Returns:
+        What the comparison with onnxruntime gave.
+
+    Raises:
+        UsageError: if packages are missing, or the model cannot be built or exported, or computes something else.
+    """
+    _check_packages()
+    _check_size(state, path)
+    with malformed_named(loaded.path):
+        run, samples = _origin(loaded)
+        require_trust(run, loaded.path, trust)
+        model, own = _model(run, samples)
+        _fill(model.to(dtype or own), state, layers, loaded.path)
+    _export(model, samples.draw(2, dtype or own), path, facts)
+    return f"; {_compared(path, model, samples.draw(3, dtype or own))}"
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"ONNX needs {' and '.join(missing)}, not found here: pip install 'hpclr[onnx]'")
+
+
+def _check_size(state: dict[str, Tensor], path: Path) -> None:
+    size = sum(value.nbytes for value in state.values())
+    if size > _LARGEST:
+        raise UsageError(
+            f"{path}: an ONNX file holds at most {_LARGEST:,} bytes, the weights have {size:,}; "
+            "try --factored or --dtype fp16"
+        )
+
+
+def _origin(loaded: Loaded) -> tuple[RunFile, _Samples]:
+    missing = sorted({"run", "data"} - loaded.tree.keys())
+    if missing:
+        raise UsageError(
+            f"{loaded.path}: it holds no {' and no '.join(missing)}, so the model cannot be built; for ONNX "
+            "name a checkpoint of `hpclr train`"
+        )
+    run, data = (from_tree(loaded.tree[key]) for key in ("run", "data"))
+    samples = _Samples(tuple(data["sample_shape"]), tuple(data["classes"]))
+    return parse_run_file(run["yaml"], f"{loaded.path} (its run file)"), samples
+
+
+def _model(run: RunFile, samples: _Samples) -> tuple[nn.Module, torch.dtype]:
+    """A model of the original class, its weights still to come, and the type in which the run computes."""
+    precision = Precision(run.train.precision, torch.device("cpu"))
+    model = build_model(run, samples, weights=False).to(precision.dtype)
+    if any(map(is_lazy, model.parameters())):
+        check_outputs(model, samples.draw(2, precision.dtype), len(samples.classes), precision)
+    return model.eval(), precision.dtype
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], layers: dict[str, Any], path: Path) -> None:
+    try:
+        with_factors(model, state, layers).eval()
+    except (RuntimeError, AttributeError, ValueError) as error:  # code behind a `target:` may have changed
+        raise UsageError(f"the weights in {path} do not fit the model that it names: {error}") from error
+
+
+def _export(model: nn.Module, x: Tensor, path: Path, facts: dict[str, str]) -> None:
+    try:
+        with torch.no_grad(), _quiet():
+            program: Any = torch.onnx.export(
+                model,
+                (x,),
+                dynamo=True,
+                verbose=False,
+                input_names=[_INPUT],
+                output_names=[_OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+            program.model.metadata_props.update(facts)
+            program.save(path, external_data=False)
+            batch = program.model.graph.inputs[0].shape[0]
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch's exporter raises for a model that it cannot follow
+        raise UsageError(
+            f"torch cannot export {type(model).__name__} to ONNX ({_in_brief(error)}); "
+            "the other formats hold the weights alone and do not need this"
+        ) from error
+    if isinstance(batch, int):
+        raise UsageError(
+            f"torch can export {type(model).__name__} for {batch} samples at a time only, as it computes with their "
+            "number; in its forward pass take that from x.shape[0], not from len(x)"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on operators that are not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _compared(path: Path, model: nn.Module, x: Tensor) -> str:
+    """Runs the file on samples of another number than it was exported with.
+
+    Raises:
+        UsageError: if it computes something else than the model.
+    """
+    if find_spec("onnxruntime") is None:
+        return "not compared: onnxruntime is not installed"
+    import onnxruntime  # type: ignore[import-untyped]
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        values = x.numpy()
+    except Exception as error:  # of its own classes; it may have no kernels for this type, and numpy no bfloat16
+        return f"not compared: onnxruntime cannot run it here ({_in_brief(error)}); all runtimes know --dtype float32"
+    try:
+        (found,) = session.run([_OUTPUT], {_INPUT: values})
+    except Exception as error:
+        raise UsageError(f"{path.name}: onnxruntime fails on it, it is not written: {_in_brief(error)}") from error
+    with torch.no_grad():
+        expected = model(x).double()
+    difference = float((torch.from_numpy(found).double() - expected).abs().max())
+    if not difference <= torch.finfo(x.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max())):
+        raise UsageError(
+            f"{path.name}: in onnxruntime its outputs differ from the model's by up to {difference:.2g}; "
+            "it is not written. Export the weights in another format."
+        )
+    return f"onnxruntime differs by at most {difference:.2g}"
+
+
+def _in_brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

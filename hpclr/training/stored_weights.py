@@ -1,0 +1,96 @@
+"""The weights in a checkpoint, from the file alone: no model is built and nothing that it names is imported."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from torch import Tensor
+
+from hpclr.checkpoint import Json, Tree
+from hpclr.errors import UsageError
+from hpclr.lowrank.interchange import FactoredWeight, check_factors, looks_factored
+
+Layers = dict[str, FactoredWeight]
+
+
+class StoredWeights(NamedTuple):
+    """A state dict, which of its entries are factors of what, and whether they are averages."""
+
+    state: dict[str, Tensor]
+    layers: Layers
+    averaged: bool
+
+
+def stored_weights(tree: Tree, path: Path, *, average: bool = True) -> StoredWeights:
+    """The weights in a checkpoint's tree.
+
+    Args:
+        tree: the content of the file.
+        path: the file, for messages.
+        average: take the averaged weights where the run keeps them: those that it is judged by.
+
+    Raises:
+        UsageError: if the file has no model or describes it wrongly, or says nothing of the factors that it holds.
+    """
+    model = tree.get("model")
+    if not isinstance(model, Mapping):
+        raise UsageError(f"{path}: expected a checkpoint with an entry 'model', found only {', '.join(tree) or 'none'}")
+    state = {key: value for key, value in model.items() if isinstance(value, Tensor)}
+    layers = _layers(tree, state, path)
+    averages = _averages(tree) if average else {}
+    aliases = {name: first for name, first in _tied(tree).items() if first in averages}
+    with_aliases = averages | {name: averages[first].clone() for name, first in aliases.items()}
+    for name, value in with_aliases.items():
+        if name not in state or state[name].shape != value.shape:
+            found = f"shape {tuple(state[name].shape)}" if name in state else "no such entry"
+            raise UsageError(
+                f"{path}: ema: the average of '{name}' has shape {tuple(value.shape)}, the model {found}. The file is "
+                "damaged or was not written by hpclr: use another checkpoint."
+            )
+        state[name] = value.to(state[name].dtype)
+    return StoredWeights(state, layers, bool(averages))
+
+
+def parse_layers(value: Any, state: Mapping[str, Tensor], where: str) -> Layers:
+    """The description of factored weights as read from JSON, checked against the state dict that it describes.
+
+    Raises:
+        UsageError: if it is malformed, or does not fit.
+    """
+    try:
+        layers: Layers = msgspec.convert(value, Layers)
+        check_factors(state, layers)
+    except ValueError as error:
+        raise UsageError(
+            f"{where}: layers: {error}. The file is damaged or was not written by hpclr: use another."
+        ) from error
+    return layers
+
+
+def _layers(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Layers:
+    if "layers" in tree:
+        return parse_layers(_json(tree, "layers"), state, str(path))
+    if name := looks_factored(state):
+        raise UsageError(
+            f"{path}: it holds factored layers (such as {name.removesuffix('sigma').rstrip('._')}) but no entry "
+            "'layers', which says what dense weights they make up: an older hpclr has written it. Continue the run "
+            "with this hpclr (`hpclr train`), which saves a new checkpoint, and use that one."
+        )
+    return {}
+
+
+def _averages(tree: Tree) -> dict[str, Tensor]:
+    ema = tree.get("ema")
+    found = ema.get("averages") if isinstance(ema, Mapping) else None
+    return {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+
+
+def _tied(tree: Tree) -> dict[str, str]:
+    tied = _json(tree, "tied")
+    return tied if isinstance(tied, dict) else {}
+
+
+def _json(tree: Tree, key: str) -> Any:
+    item = tree.get(key)
+    return item.value if isinstance(item, Json) else None

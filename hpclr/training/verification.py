@@ -1,0 +1,311 @@
+"""`hpclr verify`: whether checkpoints are what they say, and whether what they say makes sense together."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from hpclr.checkpoint.sandbox import Item, Survey, examine
+from hpclr.checkpoint.store import CheckpointStore
+from hpclr.config import parse_run_file
+from hpclr.errors import UsageError
+
+T = TypeVar("T")
+Shape = tuple[int, ...]
+Progress = Callable[[int, int], None]
+
+_STATE_OF_A_RUN = {"method", "optimizer", "position", "run", "sampler"}
+_NAME = re.compile(r"step-(\d+)\.h5")
+_OF_OTHER_SHAPES = ("row_var", "col_var")  # Adafactor's, whose point it is to be smaller than the parameter
+_MOST_NAMED = 3
+_MOST_OF_A_REASON = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about one file.
+
+    Attributes:
+        path: the file.
+        survey: what is in it; None if it is not even in order, or was deleted meanwhile.
+        faults: why it is not good; none if it is.
+        notes: what else a reader should know.
+    """
+
+    path: Path
+    survey: Survey | None
+    faults: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """One line."""
+        notes = f" ({'; '.join(self.notes)})" if self.notes else ""
+        if self.survey is None and not self.faults:
+            return f"{self.path}: was deleted meanwhile"
+        if self.faults or self.survey is None:
+            return f"{self.path}: not good: {'; '.join(self.faults)}{notes}"
+        tensors = sum(item.kind == "tensor" for item in self.survey.entries)
+        size = f"{self.survey.bytes / 1e6:,.1f} MB"
+        return f"{self.path}: good, {tensors:,} tensors, {size}, sha256 {self.survey.sha256[:12]}…{notes}"
+
+
+def verify_file(path: Path, *, without_digest: bool = False, progress: Progress | None = None) -> Verdict:
+    """Looks at all of one checkpoint, in a process of its own with little time and memory; imports nothing it names.
+
+    Args:
+        path: the file.
+        without_digest: do not ask for its sidecar.
+        progress: called now and then with the number of bytes done and in all.
+    """
+    try:
+        survey = examine(path, without_digest=without_digest, progress=progress)
+    except UsageError as error:
+        if not path.exists():  # training goes on meanwhile, and keeps only the newest
+            return Verdict(path, None, [], [])
+        return Verdict(path, None, [str(error).removeprefix(f"{path}: ")], [])
+    return Verdict(path, survey, *_judge(path, survey))
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoints that a path means: itself, or all committed ones of a run directory, oldest first.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if path.exists() and not path.is_dir():
+        return [path]
+    store = store_of(path)
+    if store is None:
+        raise UsageError(f"{path}: no such checkpoint file or run directory")
+    if not (steps := store.steps()):
+        raise UsageError(f"{store.directory} holds no checkpoint. Name a run that has saved one.")
+    return [store.path(step) for step in steps]
+
+
+def store_of(path: Path) -> CheckpointStore | None:
+    """The checkpoints of a run directory; None if it is no directory."""
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return CheckpointStore(directory) if directory.is_dir() else None
+
+
+def remarks_on(store: CheckpointStore, verdicts: list[Verdict]) -> Iterator[str]:
+    """What else there is to say about a run's checkpoints: which were set aside and why, which one is the best."""
+    for reason in filter(Path.is_file, sorted(store.directory.glob("*.bad*.reason"))):
+        with reason.open("rb") as file:
+            text = file.read(_MOST_OF_A_REASON).decode(errors="replace").strip()
+        yield f"{reason.with_suffix('')}: set aside: {text}"
+    if (store.directory / "best.json").is_file():
+        best = store.best()
+        good = [verdict.path for verdict in verdicts if not verdict.faults]
+        found = "names no checkpoint that is there" if best is None else f"the best checkpoint is {best.name}"
+        yield f"{store.directory / 'best.json'}: {found}{'' if best is None or best in good else ', which is not good'}"
+
+
+# The meaning of what a file holds
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    weight: str
+    factors: tuple[str, str, str]
+    shape: Shape | None = None
+    transposed: bool = False
+
+
+class _Step(msgspec.Struct):
+    step: int
+
+
+class _RunText(msgspec.Struct):
+    yaml: str
+
+
+class _MethodState(msgspec.Struct):
+    ranks: dict[str, int] | None = None
+
+
+class _Method(msgspec.Struct):
+    state: _MethodState
+
+
+class _ParameterGroup(msgspec.Struct):
+    params: list[str]
+
+
+class _Facts:
+    """A survey by the parts of a training run's state."""
+
+    def __init__(self, path: Path, survey: Survey) -> None:
+        self.path, self.survey = path, survey
+        self.tensors: dict[tuple[str, ...], Item] = {i.path: i for i in survey.entries if i.kind == "tensor"}
+        self.parts = {item.path[0] for item in survey.entries}
+        self.model: dict[str, Shape] = {p[1]: i.shape for p, i in self.tensors.items() if p[0] == "model" and p[1:]}
+        self._texts = dict(survey.json)
+
+    def value(self, kind: type[T], *path: str) -> T | None:
+        """A JSON value, which must be of this type; None if there is none."""
+        try:
+            return msgspec.json.decode(self._texts[path], type=kind) if path in self._texts else None
+        except msgspec.MsgspecError as error:
+            raise UsageError(f"{'/'.join(path)} is not what `hpclr train` writes: {error}") from error
+
+    def below(self, *prefix: str) -> Iterator[tuple[tuple[str, ...], Item]]:
+        """The tensors in a group, by the rest of their paths."""
+        count = len(prefix)
+        return ((path[count:], item) for path, item in self.tensors.items() if path[:count] == prefix)
+
+    @cached_property
+    def layers(self) -> dict[str, _Layer]:
+        """The low-rank layers by name; files without a list of them tell by the names of their tensors."""
+        listed = self.value(dict[str, _Layer], "layers")
+        return self._layers_by_names() if listed is None else listed
+
+    def _layers_by_names(self) -> dict[str, _Layer]:
+        stems = [name.removesuffix("sigma") for name in self.model if re.fullmatch(r"(.*[._])?sigma", name)]
+        whole = [stem for stem in stems if {stem + "u", stem + "vh"} <= self.model.keys()]
+        return {s.rstrip("._"): _Layer(s + "weight", (s + "u", s + "sigma", s + "vh")) for s in whole}
+
+    @cached_property
+    def ranks(self) -> dict[str, int] | None:
+        """The ranks that the method remembers, if it is one that does."""
+        whole = self.value(_Method, "method")
+        return whole.state.ranks if whole else self.value(dict[str, int], "method", "state", "ranks")
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """The parameters that the optimiser has."""
+        groups = self.value(list[_ParameterGroup], "optimizer", "groups") or []
+        return [name for group in groups for name in group.params]
+
+    @cached_property
+    def is_run(self) -> bool:
+        """Whether it is the state of a run rather than its weights alone."""
+        return bool(_STATE_OF_A_RUN & self.parts)
+
+
+def _judge(path: Path, survey: Survey) -> tuple[list[str], list[str]]:
+    """Faults and notes."""
+    facts = _Facts(path, survey)
+    if "model" not in facts.parts:
+        return [], ["not written by `hpclr train`, it has no model: judged by its structure alone"]
+    faults: list[str] = []
+    for check in (_missing, _steps, _factors, _ranks, _optimizer, _averages, _not_finite, _run_file):
+        try:
+            faults += check(facts)
+        except UsageError as error:
+            faults.append(str(error))
+    return list(dict.fromkeys(faults)), [] if faults else _notes(facts)
+
+
+def _missing(facts: _Facts) -> Iterator[str]:
+    missing = _STATE_OF_A_RUN - facts.parts
+    if facts.is_run and missing:
+        yield f"expected the state of a run, found no {', '.join(sorted(missing))}"
+
+
+def _steps(facts: _Facts) -> Iterator[str]:
+    """The file, its name, the run and the sampler must be at one step."""
+    name = _NAME.fullmatch(facts.path.name)
+    found = {"its name": int(name[1]) if name else None}
+    for part in ("position", "sampler"):
+        value = facts.value(_Step, part)
+        found[part] = value.step if value else None
+    for what, step in found.items():
+        if step is not None and step != facts.survey.step:
+            yield f"expected step {facts.survey.step} everywhere, as the file's attribute says, found {step} in {what}"
+
+
+def _factors(facts: _Facts) -> Iterator[str]:
+    for name, layer in facts.layers.items():
+        shapes = [facts.model.get(key) for key in layer.factors]
+        if not _fit(shapes, layer):
+            of = f" that make up {'the transpose of ' * layer.transposed}{layer.shape}" if layer.shape else ""
+            yield f"layer {name!r}: expected factors m×k, k×k, k×n{of}, found {', '.join(map(str, shapes))}"
+        if layer.weight in facts.model:
+            yield f"layer {name!r}: expected factors in place of {layer.weight}, found both"
+
+
+def _fit(shapes: list[Shape | None], layer: _Layer) -> bool:
+    """Whether these are U, Σ and Vᵀ, of one rank, of this weight."""
+    if any(shape is None or len(shape) != 2 for shape in shapes):
+        return False
+    (m, k), sigma, (rank, n) = (shape or () for shape in shapes)
+    if sigma != (k, k) or rank != k:
+        return False
+    if layer.shape is None:
+        return True
+    if layer.transposed:
+        return layer.shape == (n, m)
+    return layer.shape[:1] == (m,) and prod(layer.shape) == m * n
+
+
+def _ranks(facts: _Facts) -> Iterator[str]:
+    """The method must remember exactly the layers that are there, each with its rank."""
+    if facts.ranks is None:
+        return
+    tied = facts.value(dict[str, str], "tied") or {}
+    sigmas = {name: layer.factors[1] for name, layer in facts.layers.items() if layer.factors[1] not in tied}
+    found = {name: facts.model.get(sigma, ())[:1] for name, sigma in sigmas.items()}
+    unnamed = facts.ranks.keys() - found.keys()
+    if "" in found and len(unnamed) == 1:  # the model is itself a layer, and goes by the name of its class
+        found[unnamed.pop()] = found.pop("")
+    for name in sorted(facts.ranks.keys() | found.keys()):
+        expected, rank = facts.ranks.get(name), found.get(name)
+        if rank != (expected,):
+            said = f"rank {expected}" if expected else "no rank"
+            yield f"layer {name!r}: expected {said}, as the method says, found {rank[0] if rank else 'no factors'}"
+
+
+def _optimizer(facts: _Facts) -> Iterator[str]:
+    """What the optimiser remembers of a parameter has the parameter's shape, counts aside."""
+    for name in facts.trained:
+        if name not in facts.model:
+            yield f"optimizer: expected the parameter {name!r} in the model, found none"
+    for path, item in facts.below("optimizer", "state"):
+        if item.shape and path[-1] not in _OF_OTHER_SHAPES:
+            yield from _differs(f"optimizer, {path[-1]} of", path[0], item.shape, facts)
+
+
+def _averages(facts: _Facts) -> Iterator[str]:
+    for path, item in facts.below("ema", "averages"):
+        yield from _differs("average of", path[0], item.shape, facts)
+
+
+def _differs(what: str, name: str, found: Shape, facts: _Facts) -> Iterator[str]:
+    expected = facts.model.get(name)
+    if found != expected:
+        yield f"{what} {name!r}: expected the parameter's shape {expected or 'nothing'}, found {found}"
+
+
+def _not_finite(facts: _Facts) -> Iterator[str]:
+    """Weights, moments and averages are numbers; a buffer may be a mask of -inf."""
+    weights = {*facts.trained, *(key for layer in facts.layers.values() for key in layer.factors)}
+    bad = [
+        "/".join(path)
+        for path, item in facts.tensors.items()
+        if not item.finite and (path[0] in ("optimizer", "ema") or (path[0] == "model" and path[1] in weights))
+    ]
+    if bad:
+        yield f"expected finite numbers, found NaN or infinity in {_named(bad)}"
+
+
+def _run_file(facts: _Facts) -> Iterator[str]:
+    run = facts.value(_RunText, "run")
+    if run is not None:
+        parse_run_file(run.yaml, "its run file")
+    yield from ()
+
+
+def _notes(facts: _Facts) -> list[str]:
+    bad = ["/".join(path) for path, item in facts.tensors.items() if not item.finite]
+    notes = [f"NaN or infinity in {_named(bad)}, which no optimiser trains"] if bad else []
+    return notes if facts.is_run else ["weights alone, not the state of a run", *notes]
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
