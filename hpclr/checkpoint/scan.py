@@ -95,16 +95,21 @@ def opened(path: Path, source: Source | None = None) -> "Iterator[Scan]":
     """
     with source or FileSource(path) as source:
         check_start(path, source)
+        source.quiet = True
         try:
             with h5py.File(source, "r") as file:
                 yield Scan(path, source, file)
-        except _STUMBLES as error:
-            if source.fault is not None:
+        except Exception as error:
+            if source.fault is not None:  # then the file is not to blame, whatever it looks like
                 raise source.fault from error
+            if not isinstance(error, _STUMBLES):
+                raise
             raise UsageError(
                 f"{path}: HDF5 cannot read the file, it is damaged or was not written by hpclr: {error}. "
                 "Use another checkpoint."
             ) from error
+        if source.fault is not None:
+            raise source.fault
 
 
 class Scan:

@@ -20,7 +20,10 @@ class FileSource(io.FileIO):
 
     Attributes:
         size: bytes of the file when it was opened.
-        fault: what a read stumbled over, as HDF5 would tell of it in its own words.
+        quiet: whether a read that fails gives zeros, and leaves it to the reader to look at `fault` in the end: HDF5
+            does not survive one. It keeps the file open for good, and brings the process down when that ends (2.0).
+        start: the first bytes of the file, to be given where they cannot be read again; HDF5 survives no others either.
+        fault: what a read has stumbled over.
 
     Raises:
         UsageError: there is nothing at `path`, or no regular file (a FIFO would be waited for).
@@ -37,6 +40,8 @@ class FileSource(io.FileIO):
             raise _no_file(path)
         self.size = status.st_size
         self.fault: OSError | None = None
+        self.quiet = False
+        self.start = b""
 
     def readinto(self, buffer: Any, /) -> int:
         """Reads into `buffer`; remembers what went wrong."""
@@ -44,7 +49,11 @@ class FileSource(io.FileIO):
             return super().readinto(buffer) or 0
         except OSError as error:
             self.fault = error
-            raise
+            if not self.quiet:
+                raise
+        view, position = memoryview(buffer).cast("B"), self.tell()
+        view[:] = self.start[position : position + len(view)].ljust(len(view), b"\0")
+        return len(view)
 
 
 class MemorySource(io.RawIOBase):
@@ -55,6 +64,8 @@ class MemorySource(io.RawIOBase):
     """
 
     fault: OSError | None = None
+    quiet = True
+    start = b""
 
     def __init__(self, content: memoryview) -> None:
         self._content, self._position, self.size = content, 0, len(content)
@@ -116,6 +127,7 @@ def check_start(path: Path, source: Source) -> None:
             f"{path}: expected a superblock of HDF5's 1.10 form, closed and without additions {expected}, "
             f"found {found_form}. {_ADVICE}"
         )
+    source.start = bytes(start)
     if end != source.size:
         raise UsageError(f"{path}: expected a file of {end} bytes, as it says itself, found {source.size}. {_ADVICE}")
 

@@ -560,16 +560,18 @@ def test_a_file_of_version_1_is_read():
 def test_the_code_in_the_document_reads_a_checkpoint(tmp_path):
     u, sigma, vh = torch.randn(6, 2), torch.randn(2, 2), torch.randn(2, 5)
     name = "blocks.0.linear."
+    factors = [name + "u", name + "sigma", name + "vh"]
     tree = {
         "model": {name + "u": u, name + "sigma": sigma, name + "vh": vh, "a/b%": torch.tensor(1.5).bfloat16()},
         "empty": {"t": torch.empty(0, 3), "": torch.tensor([True, False]), ".": torch.tensor([2j])},
         "run": Json({"name": "digits", "lr": 1e-3}),
+        "layers": Json({name[:-1]: {"factors": factors, "shape": [5, 3, 2], "transposed": True}}),
     }
     names = {"path": written(tmp_path / "f.h5", tree)}
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL):
         exec(block, names)
     found = names["checkpoint"]
-    assert np.array_equal(names["weight"], (u.numpy() @ sigma.numpy()) @ vh.numpy())
+    assert np.array_equal(names["weight"], (u.numpy() @ sigma.numpy() @ vh.numpy()).T.reshape(5, 3, 2))
     assert found["model"]["a/b%"] == np.float32(1.5)
     assert found["empty"]["t"].shape == (0, 3)
     assert found["empty"][""].tolist() == [True, False]

@@ -60,7 +60,7 @@ def test_whatever_the_run_trains_with(case, bench):
     """Mid-epoch, at the conversion, right after a validation."""
     check_steps(bench, 2, (2, 6, 8) if case != "batch norm" else (6,), CASES[case])
     kinds = {record["kind"] for record in records(bench.path / "reference")}
-    assert kinds == {"train", "valid", "final"} | ({"check"} if case != "dense" else set())
+    assert kinds == {"train", "valid", "save", "final"} | ({"check"} if case != "dense" else set())
 
 
 def test_cases_do_what_their_names_say(bench):

@@ -85,6 +85,7 @@ def test_a_buffer_that_becomes_infinite_is(bench, monkeypatch):
     assert "'model/seen' is no longer finite" in done.err
 
 
+@pytest.mark.parametrize(("handler", "taken"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
 def test_a_hangup_is_a_request_to_stop_but_not_under_nohup(handler, taken):
     previous = signal.signal(signal.SIGHUP, handler)
     try:
