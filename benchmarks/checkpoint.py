@@ -116,7 +116,7 @@ def prepare(folder: Path, target: Path) -> None:
 
 
 def saved_by(saver: BackgroundSaver, step: int, tensors: Tensors, wait: bool = False) -> dict[str, float]:
-    saver.save(step, tensors, wait=wait)
+    saver.save(step, tensors, copy=not wait)
     saver.wait()
     report = saver.finished()
     if report.error is not None:

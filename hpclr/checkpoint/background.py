@@ -23,7 +23,7 @@ class SaveReport:
 
     Attributes:
         step: optimiser steps done.
-        blocked: seconds in which `save` held up its caller.
+        blocked: seconds in which the caller was held up: by the copy, or without one until all was over.
         seconds: seconds from the call of `save` until all was over.
         bytes: size of the file; 0 if there is none.
         error: why nothing was saved, or None.
@@ -51,7 +51,6 @@ class BackgroundSaver:
         self._store, self._check = store, check
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
-        self._step = 0
         self._reports: deque[SaveReport] = deque()
 
     def __enter__(self) -> "BackgroundSaver":
@@ -61,12 +60,12 @@ class BackgroundSaver:
         self.wait()
 
     @property
-    def in_flight(self) -> int | None:
-        """The step being saved by the thread."""
-        return self._step if self._thread is not None and self._thread.is_alive() else None
+    def in_flight(self) -> bool:
+        """Whether a tree is being saved."""
+        return self._thread is not None and self._thread.is_alive()
 
     def save(
-        self, step: int, tree: Tree, *, metric: float | None = None, best: bool = False, wait: bool = False
+        self, step: int, tree: Tree, *, metric: float | None = None, best: bool = False, copy: bool = True
     ) -> None:
         """Copy a tree and save the copy in the background; a save in flight is waited for first.
 
@@ -75,53 +74,57 @@ class BackgroundSaver:
             tree: as for `write_tree`; it may change as soon as this returns.
             metric: as for `CheckpointStore.save`.
             best: as for `CheckpointStore.save`.
-            wait: save the tree itself, without a copy, before this returns.
+            copy: false saves the tree itself, which must not change until nothing is in flight.
 
         Raises:
             TypeError, ValueError: the tree cannot be stored.
             MemoryError: there is no memory for the copy.
-            Exception: with `wait`, whatever `check` and `CheckpointStore.save` raise; no report is made of it.
         """
         start = time.monotonic()
         self.wait()
-        if wait:
-            size = self._saved(step, tree, metric, best)
-            seconds = time.monotonic() - start
-            self._reports.append(SaveReport(step, seconds, seconds, size))
-            return
         size_on_disk(tree)  # a wrong tree is the caller's mistake: it is raised here
-        copied = self._host.take(tree)
-        blocked = time.monotonic() - start
+        ours = self._host.take(tree) if copy else tree
+        blocked = time.monotonic() - start if copy else None
         thread = threading.Thread(
-            target=self._run, args=(step, copied, metric, best, start, blocked), name="hpclr-save", daemon=False
+            target=self._run, args=(step, ours, metric, best, start, blocked), name="hpclr-save", daemon=False
         )
         thread.start()
-        self._thread, self._step = thread, step
+        self._thread = thread
 
     def finished(self) -> SaveReport | None:
         """The report of a save that has ended, each once, the oldest first; None if there is none. Does not wait."""
         return self._reports.popleft() if self._reports else None
 
-    def wait(self) -> None:
-        """Wait until no save is in flight."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until no save is in flight, or for so many seconds; returns whether none is."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
 
-    def _run(self, step: int, tree: Tree, metric: float | None, best: bool, start: float, blocked: float) -> None:
+    def _run(
+        self, step: int, tree: Tree, metric: float | None, best: bool, start: float, blocked: float | None
+    ) -> None:
         """The thread."""
         size, fault = 0, None
         try:
             size = self._saved(step, tree, metric, best)
         except Exception as error:  # whatever it is, it must reach the one who asks for the report
             fault = error
-        self._reports.append(SaveReport(step, blocked, time.monotonic() - start, size, fault))
+        seconds = time.monotonic() - start
+        self._reports.append(SaveReport(step, seconds if blocked is None else blocked, seconds, size, fault))
 
     def _saved(self, step: int, tree: Tree, metric: float | None, best: bool) -> int:
         """Check and save; returns the size of the file in bytes."""
         if self._check is not None:
             self._check(tree)
-        return self._store.save(step, tree, metric=metric, best=best).stat().st_size
+        path = self._store.save(step, tree, metric=metric, best=best)
+        try:
+            return path.stat().st_size
+        except OSError:  # it is saved, whatever the file system says now
+            return size_on_disk(tree)
 
 
 class HostCopy:

@@ -1,13 +1,14 @@
 """The SHA-256 of a checkpoint, and the sidecar file that records it and commits the checkpoint.
 
 A sidecar holds what `sha256sum FILE` prints, so that `sha256sum -c FILE.sha256` checks a
-checkpoint without hpclr. It holds two lines only while a checkpoint is being replaced by another
-of the same step: until that is over, either content is good.
+checkpoint without hpclr, whatever its name. It holds two lines only while a checkpoint is being
+replaced by another of the same step: until that is over, either content is good.
 """
 
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
@@ -23,7 +24,8 @@ SUFFIX = ".sha256"
 _BLOCK = 4 << 20  # bytes read or written at once
 _LONG = 1 << 20  # pieces of so many bytes are not copied to make longer ones
 _BLOCKS_BEHIND = 256  # how far hashing may fall behind: the rest, up to 1 GiB, is hashed while the disk is waited for
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
+_ESCAPED = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
 _MAX_SIDECAR_BYTES = 4096
 
 
@@ -125,8 +127,15 @@ def _write(file: FileIO, block: _Bytes) -> None:
 
 def write_sidecar(path: Path, *digests: str) -> None:
     """Record that the content of `path` has one of `digests`; atomic."""
-    lines = "".join(f"{digest}  {path.name}\n" for digest in digests)
-    write_whole(sidecar_of(path), lines.encode("utf-8"))
+    lines = "".join(_line(digest, path.name) + "\n" for digest in digests)
+    write_whole(sidecar_of(path), os.fsencode(lines))
+
+
+def _line(digest: str, name: str) -> str:
+    """What `sha256sum` prints, which marks a line with an escaped name by a backslash at its start."""
+    escaped = name.translate(_ESCAPED)
+    mark = "" if escaped == name else "\\"
+    return f"{mark}{digest}  {escaped}"
 
 
 def read_sidecar(path: Path) -> list[str]:
@@ -139,8 +148,9 @@ def read_sidecar(path: Path) -> list[str]:
     if not sidecar.is_file():
         raise UsageError(
             f"{path}: there is no {sidecar.name} beside it, so the checkpoint was never committed or was copied "
-            f"without its digest; expected a line as `sha256sum {path.name}` prints it. Copy the sidecar too, or, "
-            "if you trust the file, read it without verification."
+            f"without its digest; expected a line as `sha256sum {shlex.quote(path.name)}` prints it. Copy the sidecar "
+            "too; without it, `hpclr verify --without-digest` examines the file, and `inspect`, `evaluate` and "
+            "`export` read it with --untrusted."
         )
     with sidecar.open("rb") as file:
         content = file.read(_MAX_SIDECAR_BYTES)
@@ -173,13 +183,15 @@ def check_found(path: Path, found: str, recorded: Sequence[str], size: int) -> N
 
 def _parse(sidecar: Path, name: str, content: bytes) -> list[str]:
     """The digests in the bytes of a sidecar, which must be exactly one or two lines for `name`."""
-    text = content.decode("utf-8", errors="replace")
+    text = os.fsdecode(content)
+    names = {"": name, "\\": name.translate(_ESCAPED)}
     lines = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
-    digests = [line[1] for line in lines if line and line[2] == name]
+    digests = [line[2] for line in lines if line and line[3] == names[line[1]]]
     if text.endswith("\n") and len(digests) == len(lines) and len(digests) in (1, 2):
         return digests
+    quoted = shlex.quote(name)
     raise UsageError(
-        f"{sidecar}: the sidecar is damaged or belongs to another file: expected the line '<64 hexadecimal digits>  "
-        f"{name}', found {text[:120]!r}. Use another checkpoint; if you renamed this one yourself, "
-        f"write the sidecar anew with `sha256sum {name} > {sidecar.name}`."
+        f"{sidecar}: the sidecar is damaged or belongs to another file: expected the line "
+        f"'{_line('<64 hexadecimal digits>', name)}', found {text[:120]!r}. Use another checkpoint; if you renamed "
+        f"this one yourself, write the sidecar anew with `sha256sum {quoted} > {shlex.quote(sidecar.name)}`."
     )

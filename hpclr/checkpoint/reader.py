@@ -13,7 +13,7 @@ import torch
 from hpclr.checkpoint.digest import check_found
 from hpclr.checkpoint.format import STORED_AS
 from hpclr.checkpoint.scan import Entry, NewerVersionError, Scan, opened
-from hpclr.checkpoint.source import FileSource, MemorySource
+from hpclr.checkpoint.source import FileSource, MemorySource, check_start
 from hpclr.checkpoint.tree import Json, Tree
 from hpclr.errors import RetryableError, UsageError
 
@@ -66,7 +66,7 @@ def read_verified(path: Path, digests: Sequence[str]) -> tuple[dict[str, int | f
         digests: SHA-256 in hexadecimal, as `digest.read_sidecar` gives them.
 
     Raises:
-        UsageError: the file is missing, has another digest, or is not of this format.
+        UsageError: the file is missing, has another length or digest than recorded, or is not of this format.
         RetryableError: it does not fit into memory.
         OSError: it cannot be read for a reason that is not its content.
     """
@@ -95,6 +95,8 @@ def _read_and_hash(path: Path) -> tuple[torch.Tensor, str]:
     """The bytes of a file and their SHA-256, taken by a second thread behind the reading one."""
     digest = hashlib.sha256()
     with FileSource(path) as source, ThreadPoolExecutor(1) as behind:
+        check_start(path, source)  # before memory is taken for a size that is wrong
+        source.seek(0)
         content = _allocated(path, (source.size,), torch.uint8)
         view, done = content.numpy().data, 0
         while count := source.readinto(view[done : done + _BLOCK]):
@@ -135,5 +137,5 @@ def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, name: str
     except (RuntimeError, MemoryError) as error:
         raise RetryableError(
             f"{path}: {name or 'the file'}: not enough memory for a tensor of shape {shape}: {error}. "
-            "The file is in order; ask for more memory."
+            "Ask for more memory; `hpclr verify` checks the file with little."
         ) from error

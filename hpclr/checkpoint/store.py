@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -35,6 +36,7 @@ _SIDECAR_NAME = re.compile(_NAME.pattern + re.escape(SUFFIX))
 _TEMPORARY = ".tmp-"
 _TRASH = ".trash-"
 _BEST = "best.json"
+_MAX_BEST_BYTES = 4096
 _PAUSE = 0.5
 _VANISHED = (errno.ENOENT, errno.ESTALE)
 _REMEDIES = {
@@ -96,9 +98,10 @@ class CheckpointStore:
     Args:
         directory: made at the first save; its parent must exist.
         keep: how many of the newest to keep, at least 2; the best one is kept beside them.
+        guard: called before a save changes what others see; raises if the directory is no longer the caller's.
     """
 
-    def __init__(self, directory: Path, keep: int = 3) -> None:
+    def __init__(self, directory: Path, keep: int = 3, guard: Callable[[], None] = lambda: None) -> None:
         if keep < 2:
             raise UsageError(
                 f"checkpoint.keep: expected at least 2, found {keep}: with a single checkpoint, a damaged file "
@@ -106,6 +109,7 @@ class CheckpointStore:
             )
         self.directory = directory
         self.keep = keep
+        self.guard = guard
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, if there is one."""
@@ -145,9 +149,9 @@ class CheckpointStore:
             self._commit(step, tree, attrs, size)
             if best:
                 self._record_best(step, metric)
-            self._retain(step)
         except OSError as error:
             raise self._save_failed(step, size, error) from error
+        self._retain(step)
         return self.path(step)
 
     def load_newest(self) -> Loaded | None:
@@ -194,7 +198,8 @@ class CheckpointStore:
 
     def sweep(self) -> list[str]:
         """Remove what killed saves and deletions left behind; returns the names of what was removed."""
-        swept = [path for path in self._entries() if path.name.startswith((_TEMPORARY, _TRASH))]
+        left = [path for path in self._entries() if path.name.startswith((_TEMPORARY, _TRASH))]
+        swept = [path for path in left if not path.is_dir()]
         swept += self._sidecars_of_deleted()
         for path in swept:
             path.unlink(missing_ok=True)
@@ -206,31 +211,34 @@ class CheckpointStore:
 
     def _commit(self, step: int, tree: TreeLike, attrs: dict[str, int | float], size: int) -> None:
         path = self.path(step)
-        temporary = path.with_name(_TEMPORARY + path.name)
+        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")  # nobody else's, ever
         self.directory.mkdir(exist_ok=True)  # not its parents: a run directory that has gone must not come back empty
-        temporary.unlink(missing_ok=True)
         self._check_space(size)
         failpoint("before_data")
+        made: os.stat_result | None = None
         try:
             digest = write_tree(temporary, tree, attrs)
+            made = temporary.stat()
             failpoint("after_digest")
+            self.guard()
             self._announce_replacement(path, digest)
             failpoint("after_announcement")
             os.replace(temporary, path)
             failpoint("after_rename")
             synchronise(self.directory)
             failpoint("before_commit")
+            self.guard()
             write_sidecar(path, digest)
         except BaseException:
-            self._withdraw(path, temporary)
+            self._withdraw(path, temporary, made)
             raise
         failpoint("after_commit")
 
-    def _withdraw(self, path: Path, temporary: Path) -> None:
-        """Remove what a failed save has written, unless it is committed; what stays is swept at the next start."""
+    def _withdraw(self, path: Path, temporary: Path, made: os.stat_result | None) -> None:
+        """Remove what a failed save has made, unless it is committed; what stays is swept at the next start."""
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-            if not sidecar_of(path).exists():
+            if made is not None and os.path.samestat(path.stat(), made) and not sidecar_of(path).exists():
                 path.unlink(missing_ok=True)
 
     def _announce_replacement(self, path: Path, digest: str) -> None:
@@ -245,6 +253,8 @@ class CheckpointStore:
             write_sidecar(path, present, digest)
 
     def _check_space(self, size: int) -> None:
+        if shutil.disk_usage(self.directory).free < size:
+            self._retain()  # `keep` may have been lowered to make room
         if shutil.disk_usage(self.directory).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -265,15 +275,15 @@ class CheckpointStore:
 
     # Retention
 
-    def _retain(self, saved: int) -> None:
+    def _retain(self, saved: int | None = None) -> None:
         """Delete all but the newest, the best and the one just saved; a fault is a warning, as the save is done."""
-        kept = {*self.steps()[-self.keep :], self._best_step(), saved}
-        for step in self.steps():
-            if step not in kept:
-                try:
+        try:
+            kept = {*self.steps()[-self.keep :], self._best_step(), saved}
+            for step in self.steps():
+                if step not in kept:
                     self._delete(self.path(step))
-                except OSError as error:
-                    logger.warning("%s: an old checkpoint could not be deleted: %s", self.path(step), error)
+        except OSError as error:
+            logger.warning("%s: old checkpoints could not be deleted: %s", self.directory, error)
 
     def _delete(self, path: Path) -> None:
         """The data goes first, in one rename: a file that lost its digest would look like a save cut short."""
@@ -285,11 +295,12 @@ class CheckpointStore:
 
     def _best_step(self) -> int | None:
         path = self.directory / _BEST
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
-            step = json.loads(path.read_bytes())["step"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            with path.open("rb") as file:
+                step = json.loads(file.read(_MAX_BEST_BYTES))["step"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("%s: which checkpoint is the best cannot be read: %r", path, error)
             return None
         return step if isinstance(step, int) else None
@@ -372,7 +383,17 @@ class CheckpointStore:
     # The directory
 
     def _entries(self) -> list[Path]:
-        return sorted(self.directory.iterdir()) if self.directory.exists() else []
+        try:
+            return sorted(self.directory.iterdir())
+        except FileNotFoundError:
+            return []
+        except (NotADirectoryError, PermissionError) as error:
+            if not self.directory.exists():  # what stands above it is no directory: the run's business
+                return []
+            raise UsageError(
+                f"{self.directory}: expected a directory of checkpoints that may be read: {error.strerror}. "
+                "Move away what is there, or have it made readable."
+            ) from error
 
     def _files(self) -> list[int]:
         """The steps of which there is a data file, committed or not, ascending."""

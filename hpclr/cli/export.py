@@ -22,7 +22,7 @@ import click
 @click.option("--no-average", is_flag=True, help="The run's own weights, also where it keeps averaged ones.")
 @click.option("--best", is_flag=True, help="Of a run directory: the best checkpoint on validation, not the newest.")
 @click.option("--trust", is_flag=True, help="For ONNX: import the target: model that the checkpoint names.")
-@click.option("--untrusted", is_flag=True, help="Have the file examined by a process of its own, with limits, first.")
+@click.option("--untrusted", is_flag=True, help="Examine the file in a process of its own first; no .sha256 needed.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 def export(checkpoint: Path, out: Path, form: str, no_average: bool, **options: Any) -> None:
     """Write the weights in CHECKPOINT, a file or a run directory, to OUT, for programs other than hpclr."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hpclr.checkpoint import CheckpointStore, Loaded, load_file
+from hpclr.checkpoint.digest import read_sidecar, sidecar_of
 from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.schema import Target
@@ -18,6 +19,7 @@ from hpclr.lowrank import EMA, load_state_dict
 from hpclr.training.assembly import build_model, check_outputs, data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.precision import Precision
+from hpclr.training.run_directory import reading
 from hpclr.training.state import from_tree, tensors
 from hpclr.training.tasks import Classification, Score
 
@@ -26,8 +28,13 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     """The checkpoint file that a path means: itself, or the newest or best one of a run directory.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is none, or it cannot be looked at.
     """
+    with reading(path):
+        return _found(path, best)
+
+
+def _found(path: Path, best: bool) -> Path:
     if path.is_file():
         return path
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -47,13 +54,25 @@ def load_checkpoint(checkpoint: Path, *, best: bool = False, untrusted: bool = F
     Args:
         checkpoint: a file or a run directory.
         best: of a run directory, the best checkpoint on validation instead of the newest.
-        untrusted: have it examined by a process of its own before this one reads it.
+        untrusted: have it examined by a process of its own before this one reads it; it then needs no sidecar.
 
     Raises:
         UsageError: if there is none, or it is damaged.
     """
     path = find_checkpoint(checkpoint, best=best)
-    return load_file(path, digests=[examine(path).sha256] if untrusted else None)
+    return load_file(path, digests=digests_of(path, untrusted=untrusted))
+
+
+def digests_of(path: Path, *, untrusted: bool = False) -> list[str]:
+    """The SHA-256 digests that a checkpoint file may have: as its sidecar says, or, untrusted, as examined.
+
+    Raises:
+        UsageError: if it has no sidecar, or, untrusted, is not good.
+    """
+    with reading(path):
+        if untrusted:
+            return [examine(path, without_digest=not sidecar_of(path).exists()).sha256]
+        return read_sidecar(path)
 
 
 def load_run(checkpoint: Path, *, best: bool = False, untrusted: bool = False) -> tuple[Loaded, RunFile]:

@@ -4,8 +4,10 @@ Except for ONNX, which holds the computation too, everything follows from the ch
 and nothing is imported.
 """
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,16 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpclr.checkpoint import Json, Loaded, Tree, write_tree
-from hpclr.checkpoint.digest import read_sidecar, sha256_of, sidecar_of, write_sidecar
-from hpclr.errors import UsageError
+from hpclr.checkpoint import Json, Loaded, Tree, load_file, write_tree
+from hpclr.checkpoint.digest import check_found, read_sidecar, sha256_of, sidecar_of, write_sidecar
+from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.files import synchronise
 from hpclr.lowrank.interchange import cast_state_dict, dense_state_dict
-from hpclr.training.evaluation import find_checkpoint, load_checkpoint
+from hpclr.output import printable
+from hpclr.training.evaluation import digests_of, find_checkpoint
+from hpclr.training.run_directory import reading
 from hpclr.training.stored_weights import Layers, StoredWeights, stored_weights
 from hpclr.version import __version__
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".onnx": "onnx", ".h5": "hdf5"}
+_MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +47,7 @@ class Exported(NamedTuple):
     note: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.what} of step {self.step}, {self.bytes:,} bytes{self.note}"
+        return f"{printable(str(self.path))}: {self.what} of step {self.step}, {self.bytes:,} bytes{self.note}"
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,16 @@ def export_checkpoint(
 
     Raises:
         UsageError: if the checkpoint or `out` cannot be used, or a number is too large for `dtype`.
+        RetryableError: if the disk is full or fails.
     """
     chosen = format or _format_of(out)
     source = find_checkpoint(checkpoint, best=best)
-    _check_place(out, source, force)
-    loaded = load_checkpoint(source, untrusted=untrusted)
+    with reading(out):
+        _check_place(out, source, force)
+    digest = _digest_of(source, untrusted)
+    loaded = load_file(source, digests=[digest])
     stored = stored_weights(loaded.tree, source, average=average)
-    weights = _prepared(loaded, stored, factored, DTYPES[dtype] if dtype else None)
+    weights = _prepared(loaded, digest, stored, factored, DTYPES[dtype] if dtype else None)
     writers: dict[str, Callable[[Path, _Weights], str]] = {
         "safetensors": _write_safetensors,
         "torch": _write_torch,
@@ -117,11 +125,24 @@ def _format_of(out: Path) -> str:
     return SUFFIXES[out.suffix]
 
 
+def _digest_of(source: Path, untrusted: bool) -> str:
+    """What the content must have; known before it is loaded, as training may delete the file after that."""
+    recorded = digests_of(source, untrusted=untrusted)
+    if len(recorded) == 1:
+        return recorded[0]
+    with reading(source):  # it is being replaced, and may be either
+        found = sha256_of(source)
+        check_found(source, found, recorded, source.stat().st_size)
+    return found
+
+
 def _check_place(out: Path, source: Path, force: bool) -> None:
     """Refuses what would fail or destroy something, before the work is done."""
-    if out.is_dir() or not out.parent.is_dir():
-        what = "a directory" if out.is_dir() else f"to be written, but there is no directory {out.parent}"
-        raise UsageError(f"{out}: expected the name of a file, it is {what}")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: it cannot be written, there is no directory {out.parent}; make it first")
+    if out.exists() and not out.is_file():
+        what = "a directory" if out.is_dir() else "a device, a FIFO or a socket"
+        raise UsageError(f"{out}: expected the name of a file, it is {what}; choose another name")
     if out.exists() and out.samefile(source):
         raise UsageError(f"{out}: it is the checkpoint itself; choose another name")
     if source.parent.name == "checkpoints" and out.parent.samefile(source.parent):
@@ -130,13 +151,15 @@ def _check_place(out: Path, source: Path, force: bool) -> None:
         raise UsageError(f"{out}: it is there already; pass --force to replace it")
 
 
-def _prepared(loaded: Loaded, stored: StoredWeights, factored: bool, dtype: torch.dtype | None) -> _Weights:
+def _prepared(
+    loaded: Loaded, digest: str, stored: StoredWeights, factored: bool, dtype: torch.dtype | None
+) -> _Weights:
     facts = {
         "hpclr": __version__,
         "step": str(loaded.step),
         "weights": "averaged" if stored.averaged else "own",
-        "source": loaded.path.name,
-        "source_sha256": sha256_of(loaded.path),
+        "source": printable(loaded.path.name),  # where its bytes are no text, formats that hold text fail
+        "source_sha256": digest,
     }
     try:
         if factored:
@@ -214,10 +237,10 @@ def _written_whole(out: Path) -> Iterator[Path]:
     """A name for a new file that takes the place of `out`, its digest with it, if the block succeeds.
 
     Raises:
-        UsageError: if it cannot be written; what was there is still there then.
+        UsageError, RetryableError: if it cannot be written; what was there is still there then.
     """
     try:
-        with TemporaryDirectory(prefix=f".tmp-{out.name}-", dir=out.parent) as directory:
+        with TemporaryDirectory(prefix=".tmp-export-", dir=out.parent) as directory:
             temporary = Path(directory) / out.name
             yield temporary
             temporary.chmod(0o644)
@@ -226,16 +249,30 @@ def _written_whole(out: Path) -> Iterator[Path]:
             _put_in_place(temporary, out)
         synchronise(out.parent)
     except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"{out}: it cannot be written: {error}. Check that there is space and that the directory is writable."
-        ) from error
+        raise _not_written(out, error) from error
+
+
+def _not_written(out: Path, error: OSError | SafetensorError) -> HpclrError:
+    """75 for a disk that is full or fails, as elsewhere; safetensors tells its reason as text alone."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number in _MAY_PASS:
+        return RetryableError(
+            f"{out}: it cannot be written: {error}. Once there is space and the disk works, try again."
+        )
+    return UsageError(f"{out}: it cannot be written: {error}. Check that there is space and the directory is writable.")
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
-    """By renames. While a file with a digest replaces another, the content of either is good."""
+    """By renames. While a file with a digest replaces another, the content of either is good.
+
+    A digest that another export left under this name goes: it is of other content.
+    """
     digests = read_sidecar(temporary) if sidecar_of(temporary).exists() else []
     if digests and out.exists():
         write_sidecar(out, *digests, sha256_of(out))
     os.replace(temporary, out)
     if digests:
         write_sidecar(out, *digests)
+    else:
+        sidecar_of(out).unlink(missing_ok=True)

@@ -32,11 +32,14 @@ from pathlib import Path
 
 from hpclr.errors import HpclrError, UsageError
 from hpclr.output import say
-from hpclr.training.owner import SIZE, Fate, Owner, decode, fate_of, this_process
+from hpclr.parallel.watch.record import read_record
+from hpclr.training.owner import Fate, Owner, decode, fate_of, this_process
 from hpclr.training.run_directory import RUNS_VARIABLE, writing
 
 WATCH = 30.0  # seconds for which a heartbeat must stand still; it beats three times as often
 _RECORDS = ".locks"
+_NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,17}")  # just what _name makes
+_LAST = 10**18 - 1
 _TEMPORARY = ".tmp-"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _WAIT = "Wait for it to end, or give this run another name (name=…)."
@@ -103,7 +106,7 @@ class RunLock:
         with suppress(OSError):
             records = self._path / _RECORDS
             newest = _newest(records)
-            found = decode((records / _name(newest)).read_bytes()) if newest else None
+            found = decode(read_record(records / _name(newest))) if newest else None
             if found is not None and (newest, found.identity) != (self._number, self._owner.identity):
                 self.lost = str(found)
         self._looked = time.monotonic()
@@ -202,13 +205,23 @@ class _Place:
             return False
 
     def newest(self) -> int:
-        """The highest number; 0 if there is none."""
-        return _newest(self._directory)
+        """The highest number; 0 if there is none.
+
+        Raises:
+            UsageError: if none can follow it.
+        """
+        number = _newest(self._directory)
+        if number >= _LAST:
+            raise UsageError(
+                f"{self._path / _name(number)} has the last number that a record can have, expected one below {_LAST}; "
+                "counting does not get there. Remove that file once you know that no job uses the run directory"
+            )
+        return number
 
     def read(self, number: int) -> bytes:
         """A record; after a moment once more if it was caught half-written."""
         for _ in range(3):
-            content = self._read(number)
+            content = read_record(_name(number), self._directory)
             if decode(content) is not None:
                 break
             time.sleep(0.002)
@@ -267,13 +280,6 @@ class _Place:
         with suppress(OSError):
             os.unlink(name, dir_fd=self._directory)
 
-    def _read(self, number: int) -> bytes:
-        file = os.open(_name(number), os.O_RDONLY, dir_fd=self._directory)
-        try:
-            return os.read(file, SIZE)
-        finally:
-            os.close(file)
-
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Place]:
@@ -295,7 +301,7 @@ def _open_directory(path: Path, tries: int = 10) -> int:
 
 
 def _newest(directory: Path | int) -> int:
-    numbers = [int(name) for name in os.listdir(directory) if re.fullmatch(r"[0-9]{6,18}", name)]
+    numbers = [int(name) for name in os.listdir(directory) if _NUMBER.fullmatch(name)]
     return max(numbers, default=0)
 
 

@@ -206,7 +206,7 @@ class Trainer:
 
     def _save(self, best: bool = False, pauses: Sequence[float] | None = None) -> None:
         """A checkpoint of this step, as `Saving.save`; never two of one step."""
-        if self._saved_at == self.position.step:
+        if self._saved_at == self.position.step and (pauses is None or self.saving.is_done()):
             return
         self._settle_losses()
         self.position.finished = self._at_end()

@@ -127,15 +127,15 @@ class LossLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a last line cut short is passed over."""
+    """The records of a metrics file; a line that is none, as one cut short, is passed over."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
-            try:
-                yield msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                continue
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                record = msgspec.json.decode(line, type=dict[str, Any])
+                if isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):
+                    yield record
 
 
 def _line(record: dict[str, Any]) -> bytes:

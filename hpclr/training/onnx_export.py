@@ -148,16 +148,18 @@ def _export(model: nn.Module, x: Tensor, path: Path, facts: dict[str, str]) -> N
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on operators that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the exporter's remarks on operators that are not there, and the optimiser's on what it leaves alone."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _compared(path: Path, model: nn.Module, x: Tensor) -> str:

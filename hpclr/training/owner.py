@@ -5,6 +5,7 @@ import platform
 import pwd
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -13,9 +14,10 @@ import msgspec
 
 from hpclr.output import printable
 from hpclr.parallel.watch.heartbeat import pid_namespace
+from hpclr.parallel.watch.record import fixed_size
 from hpclr.slurm.jobs import Job, has_ended, this_job
 
-SIZE = 512  # bytes of a record
+_LONGEST_CLUSTER = 64  # characters; real names are shorter
 
 
 class Owner(msgspec.Struct):
@@ -59,11 +61,8 @@ class Owner(msgspec.Struct):
         return state not in "ZX" and born == self.born
 
     def encode(self) -> bytes:
-        """The record as SIZE bytes of JSON, blanks and a final newline; texts that are too long are cut."""
-        while len(content := msgspec.json.encode(self)) >= SIZE:
-            longest = max(("command", "host", "user"), key=lambda name: len(getattr(self, name)))
-            setattr(self, longest, getattr(self, longest)[: len(getattr(self, longest)) * 3 // 4])
-        return content.ljust(SIZE - 1) + b"\n"
+        """The record for its file; texts that are too long are cut, here as well."""
+        return fixed_size(self, ("command", "host", "user"))
 
 
 def decode(content: bytes) -> Owner | None:
@@ -82,10 +81,10 @@ def this_process() -> Owner:
         pid=os.getpid(),
         born=_state_and_birth(os.getpid())[1] if pid_namespace() else 0,
         pid_namespace=pid_namespace(),
-        job=this_job(os.environ),
+        job=_job(),
         user=_user(),
         since=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC",
-        command=printable(shlex.join(sys.argv)).replace("\n", " "),
+        command=shlex.join(sys.argv).replace("\n", " "),
     )
 
 
@@ -128,6 +127,14 @@ def _state_and_birth(pid: int) -> tuple[str, int]:
     """The state letter of a process, and when it was started (proc(5): fields 3 and 22 of `stat`)."""
     fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
     return fields[0], int(fields[19])
+
+
+def _job() -> Job | None:
+    """This process's job; a name of a cluster that is none is cut, and then equals none that Slurm knows."""
+    job = this_job(os.environ)
+    if job is None:
+        return None
+    return replace(job, cluster=job.cluster.encode("unicode_escape").decode()[:_LONGEST_CLUSTER])
 
 
 def _user() -> str:

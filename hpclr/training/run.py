@@ -4,12 +4,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hpclr.checkpoint import CheckpointStore, Loaded
-from hpclr.config import RunFile, load_run_file
+from hpclr.config import RunFile, differences, load_run_file, parse_run_file
 from hpclr.data import Order
 from hpclr.errors import RetryableError, UsageError
 from hpclr.output import say
 from hpclr.parallel.meeting.layout import ALONE, Layout
 from hpclr.training.assembly import Assembly, assemble
+from hpclr.training.evaluation import malformed_named
 from hpclr.training.job import assembled
 from hpclr.training.lock import locked
 from hpclr.training.loop import Trainer, warn_of_changed_threads
@@ -95,10 +96,12 @@ class _FirstLook:
             finished = _is_finished_without_checkpoints(self._parts.run, self._directory)
             what = ", but its checkpoints are gone"
         else:
-            finished = _is_finished(self.saved, self._parts) and self._directory.summary.exists()
-            what = f" (step {self.saved.step})"
-            if not finished:
-                _check_data(self._parts, self.saved, self._directory)
+            with malformed_named(self.saved.path):
+                _check_run(self._parts.run, self.saved)
+                finished = _is_finished(self.saved, self._parts) and self._directory.summary.exists()
+                what = f" (step {self.saved.step})"
+                if not finished:
+                    _check_data(self._parts, self.saved, self._directory)
         if finished:
             say(f"{self._directory.path}: this run is finished{what}; --fresh starts it over")
         return finished, None if self.saved is None else self.saved.step
@@ -141,6 +144,21 @@ def _length(run: RunFile) -> tuple[int | None, int | None, int | None]:
     return run.train.steps, run.train.epochs, run.validation.patience
 
 
+def _check_run(asked: RunFile, saved: Loaded) -> None:
+    """A checkpoint of another run may have been put into the directory.
+
+    Raises:
+        UsageError: if its run file is another one.
+    """
+    stored = parse_run_file(from_tree(saved.tree["run"])["yaml"], f"{saved.path} (its run file)")
+    listed = differences(stored, asked)
+    if listed:
+        raise UsageError(
+            f"{saved.path} is of a run of another run file. What differs: {'; '.join(listed)}. Move it away to use the "
+            "one before, or take the changes back."
+        )
+
+
 def _check_data(parts: Assembly, saved: Loaded, directory: RunDirectory) -> None:
     """A run goes on with the data that it began with, whatever the file is called by now.
 
@@ -162,7 +180,8 @@ def _resume(parts: Assembly, saved: Loaded) -> Position:
     parts.loader.order = Order(**from_tree(saved.tree["sampler"])["order"])
     try:
         return restore(parts, saved.tree)
-    except (ValueError, RuntimeError, KeyError) as error:  # code behind a `target:` may have changed
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # code behind a `target:` may have changed
         raise UsageError(
             f"{saved.path} does not fit the model and the optimiser of this run, though its run file is the same: "
             f"{error}. Give the run the code back that it was started with, or start over with --fresh."

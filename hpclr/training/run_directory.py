@@ -12,6 +12,7 @@ import msgspec
 from hpclr.config import RunFile, differences, dump, load_run_file
 from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.files import write_whole
+from hpclr.output import say
 
 if TYPE_CHECKING:
     from hpclr.training.lock import RunLock
@@ -24,6 +25,10 @@ _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 def runs_directory(option: Path | None) -> Path:
     """Where runs live: the option, else HPCLR_RUNS, else `runs` in the current directory."""
     return option or Path(os.environ.get(RUNS_VARIABLE) or "runs")
+
+
+class _Attempts(msgspec.Struct):
+    attempts: list[dict[str, object]]
 
 
 class RunDirectory:
@@ -104,10 +109,14 @@ class RunDirectory:
             write_whole(self.environment, msgspec.json.format(msgspec.json.encode({"attempts": attempts}), indent=2))
 
     def attempts(self) -> list[dict[str, object]]:
-        """The environment records of the attempts so far."""
+        """The environment records of the attempts so far; none, and a warning, where the file is damaged."""
         if not self.environment.exists():
             return []
-        return list(msgspec.json.decode(self.environment.read_bytes())["attempts"])
+        try:
+            return msgspec.json.decode(self.environment.read_bytes(), type=_Attempts).attempts
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            say(f"hpclr: warning: {self.environment} is damaged, its records of earlier attempts are lost: {error}")
+            return []
 
     def require_held(self) -> None:
         """Makes sure that this job still owns the run directory, where this is the process that has locked it.
@@ -131,6 +140,22 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _unusable(directory, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says what an OSError means that comes of looking at a file or directory that was named.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        inside = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+        raise UsageError(
+            f"{path}: it cannot be read: {error.strerror or error}{inside}. Check the name and its permissions."
+        ) from error
 
 
 def _unusable(path: Path, error: OSError) -> HpclrError:

@@ -11,9 +11,10 @@ from torch import Tensor
 from hpclr.checkpoint import BackgroundSaver, SaveReport, Tree
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config.schema import Checkpoint
-from hpclr.errors import HpclrError, RetryableError
+from hpclr.errors import HpclrError, RetryableError, message_of
 from hpclr.parallel.group import Group
 
+_LONGEST_SAVE = 3600.0  # seconds; a save that takes longer hangs, and the watch over the processes may say so
 _PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds from a save that failed to the next try; each time twice as long
 LAST_PAUSES = (3.0, 15.0)  # seconds between tries of the save with which a run ends
 
@@ -51,11 +52,8 @@ class Saving:
         self._settings, self._group, self._own, self._doing = settings, group, own, doing
         self._note, self._record = note, record
 
-        def check_all(tree: Tree) -> None:
-            own()
-            check(tree)
-
-        self._saver = BackgroundSaver(store, check=check_all)
+        store.guard = own
+        self._saver = BackgroundSaver(store, check=check)
         self._interval = math.inf if settings.minutes is None else 60.0 * settings.minutes
         self._next = time.monotonic() + self._interval
         self._pause = _PAUSE
@@ -69,17 +67,33 @@ class Saving:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.wait()  # what is being saved is saved, also if training ends with an error
+        self._look()
+        if error is not None and self._fault is not None and self._fault is not error:
+            self._note(message_of(self._fault))
 
     def wait(self) -> None:
-        """Waits until nothing is being saved."""
-        self._saver.wait()
+        """Waits until nothing is being saved, and shows meanwhile that this process lives."""
+        end = time.monotonic() + _LONGEST_SAVE
+        while not self._saver.wait(1.0):
+            if time.monotonic() < end:
+                self._doing("waiting for a checkpoint to be written")
+
+    def is_done(self) -> bool:
+        """Whether what was last saved is safe; waits for it."""
+
+        def on_first() -> bool:
+            self.wait()
+            self._look()
+            return self._fault is None
+
+        return self._group.on_first(on_first)
 
     def signals(self) -> list[bool]:
         """What the first process has to tell all: that it is time to save, and that something is wrong with saving."""
         if not self._group.is_first:
             return [False, False]
         self._look()
-        return [time.monotonic() >= self._next and self._saver.in_flight is None, self._fault is not None]
+        return [time.monotonic() >= self._next and not self._saver.in_flight, self._fault is not None]
 
     def hear(self, signals: Tensor) -> None:
         """Takes the sum of the signals of all processes."""
@@ -117,11 +131,11 @@ class Saving:
         self._due = False
 
         def on_first() -> None:
-            self._saver.wait()
+            self.wait()
             self._look()
             self._next = time.monotonic() + self._interval
             if pauses is None:
-                self._start(step, tree, metric, best)
+                self._start(step, tree, metric, best, wait=not self._settings.background)
             else:
                 self._insist(step, tree, metric, best, pauses)
 
@@ -139,17 +153,20 @@ class Saving:
 
     # On the first process
 
-    def _start(self, step: int, tree: Tree, metric: float | None, best: bool) -> None:
+    def _start(self, step: int, tree: Tree, metric: float | None, best: bool, *, wait: bool) -> None:
         try:
-            self._saver.save(step, tree, metric=metric, best=best, wait=not self._settings.background)
+            self._saver.save(step, tree, metric=metric, best=best, copy=not wait)
         except Exception as error:  # whatever it is, all processes hear of it after this step
             self._failed(error)
+        if wait:
+            self.wait()
+            self._look()
 
     def _insist(self, step: int, tree: Tree, metric: float | None, best: bool, pauses: Sequence[float]) -> None:
+        if isinstance(self._fault, RetryableError):
+            self._fault = None  # of a save before, which this one makes good
         for pause in (*pauses, None):
-            self._start(step, tree, metric, best)
-            self._saver.wait()
-            self._look()
+            self._start(step, tree, metric, best, wait=True)
             fault = self._taken()
             if fault is None:
                 return
@@ -191,7 +208,7 @@ class Saving:
         fault = self._taken()
         if isinstance(fault, RetryableError):
             wait = max(0.0, self._next - time.monotonic())
-            return f"{fault} Training goes on; another save is tried in {wait:.0f} s."
+            return f"{fault} Training goes on; another save is tried when one is due, and after {wait:.0f} s."
         raise fault or HpclrError("saving is said to have failed, but nothing is known of it")
 
     def _taken(self) -> HpclrError | None:
@@ -202,7 +219,7 @@ class Saving:
         if isinstance(error, MemoryError):
             return RetryableError(
                 f"there is no memory for the copy of the state that is saved while training goes on ({error}); set "
-                "checkpoint.background=false, which stops training while it is saved, or ask for more memory"
+                "checkpoint.background=false, which stops training while it is saved, or ask for more memory."
             )
         return HpclrError(f"the run cannot be saved: unexpected {type(error).__name__}: {error}")
 

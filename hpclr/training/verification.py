@@ -1,6 +1,8 @@
 """`hpclr verify`: whether checkpoints are what they say, and whether what they say makes sense together."""
 
+import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +12,12 @@ from typing import TypeVar
 
 import msgspec
 
+from hpclr.checkpoint.digest import sidecar_of
 from hpclr.checkpoint.sandbox import Item, Survey, examine
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
+from hpclr.training.run_directory import reading
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -21,6 +25,8 @@ Progress = Callable[[int, int], None]
 
 _STATE_OF_A_RUN = {"method", "optimizer", "position", "run", "sampler"}
 _NAME = re.compile(r"step-(\d+)\.h5")
+_NAME_OR_SIDECAR = re.compile(_NAME.pattern + r"(\.sha256)?")
+_DELETION_SECONDS = 1.0  # between a checkpoint's data and its digest; really some milliseconds
 _OF_OTHER_SHAPES = ("row_var", "col_var")  # Adafactor's, whose point it is to be smaller than the parameter
 _MOST_NAMED = 3
 _MOST_OF_A_REASON = 4096  # bytes
@@ -63,38 +69,68 @@ def verify_file(path: Path, *, without_digest: bool = False, progress: Progress 
         progress: called now and then with the number of bytes done and in all.
     """
     try:
-        survey = examine(path, without_digest=without_digest, progress=progress)
+        with reading(path):
+            survey = examine(path, without_digest=without_digest, progress=progress)
     except UsageError as error:
-        if not path.exists():  # training goes on meanwhile, and keeps only the newest
-            return Verdict(path, None, [], [])
-        return Verdict(path, None, [str(error).removeprefix(f"{path}: ")], [])
+        fault = _missing_data(path) if not os.path.exists(path) else str(error).removeprefix(f"{path}: ")
+        return Verdict(path, None, [fault] if fault else [], [])
     return Verdict(path, survey, *_judge(path, survey))
 
 
+def _missing_data(path: Path) -> str:
+    """Training goes on meanwhile, keeps only the newest, and deletes a checkpoint's data first, then its digest."""
+    if sidecar_of(path).exists():
+        time.sleep(_DELETION_SECONDS)
+    found = f"its data is missing, only {sidecar_of(path).name} is there: fetch it again, or delete that"
+    return found if sidecar_of(path).exists() and not path.exists() else ""
+
+
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoints that a path means: itself, or all committed ones of a run directory, oldest first.
+    """The checkpoints that a path means: itself, or all of a run directory, oldest first.
+
+    Those without their data or without their digest are among them, but for one that may be about to be committed.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it cannot be looked at.
     """
-    if path.exists() and not path.is_dir():
-        return [path]
-    store = store_of(path)
-    if store is None:
-        raise UsageError(f"{path}: no such checkpoint file or run directory")
-    if not (steps := store.steps()):
+    with reading(path):
+        if path.exists() and not path.is_dir():
+            return [path]
+        store = store_of(path)
+        if store is None:
+            raise UsageError(f"{path}: no such checkpoint file or run directory")
+        listed = {_NAME_OR_SIDECAR.fullmatch(entry.name) for entry in store.directory.iterdir()}
+        steps = {int(match[1]) for match in listed if match}
+        steps.discard(_uncommitted(store))
+    if not steps:
         raise UsageError(f"{store.directory} holds no checkpoint. Name a run that has saved one.")
-    return [store.path(step) for step in steps]
+    return [store.path(step) for step in sorted(steps)]
+
+
+def _uncommitted(store: CheckpointStore) -> int:
+    """The step of the newest data file, if it has no digest; -1 if it has."""
+    found = [int(match[1]) for entry in store.directory.iterdir() if (match := _NAME.fullmatch(entry.name))]
+    newest = max(found, default=-1)
+    return -1 if sidecar_of(store.path(newest)).exists() else newest
 
 
 def store_of(path: Path) -> CheckpointStore | None:
     """The checkpoints of a run directory; None if it is no directory."""
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    return CheckpointStore(directory) if directory.is_dir() else None
+    with reading(path):
+        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        return CheckpointStore(directory) if directory.is_dir() else None
 
 
 def remarks_on(store: CheckpointStore, verdicts: list[Verdict]) -> Iterator[str]:
-    """What else there is to say about a run's checkpoints: which were set aside and why, which one is the best."""
+    """What else there is to say about a run's checkpoints: set aside and why, not committed, the best one."""
+    with reading(store.directory):
+        yield from _remarks_on(store, verdicts)
+
+
+def _remarks_on(store: CheckpointStore, verdicts: list[Verdict]) -> Iterator[str]:
+    newest = store.path(_uncommitted(store))
+    if newest.exists() and newest not in [verdict.path for verdict in verdicts]:
+        yield f"{newest}: not committed (yet): it has no {sidecar_of(newest).name}; the next start sets it aside"
     for reason in filter(Path.is_file, sorted(store.directory.glob("*.bad*.reason"))):
         with reason.open("rb") as file:
             text = file.read(_MOST_OF_A_REASON).decode(errors="replace").strip()

@@ -59,9 +59,9 @@ def read_weights(path: Path, where: str) -> dict[str, Tensor]:
     Raises:
         UsageError: if it is none of them, damaged, or holds anything but tensors.
     """
-    if not path.is_file():
-        raise UsageError(f"{where}: there is no such file" + (", it is a directory" if path.is_dir() else ""))
     try:
+        if not path.is_file():
+            raise UsageError(f"{where}: there is no such file" + (", it is a directory" if path.is_dir() else ""))
         with path.open("rb") as file:
             start = file.read(9)
         if start.startswith(_HDF5):

@@ -56,13 +56,14 @@ def test_what_changes_after_save_has_returned_is_not_saved(store):
 def test_training_goes_on_while_one_save_is_in_flight(store):
     gate = Gate()
     with BackgroundSaver(store, check=gate) as saver:
-        assert saver.in_flight is None
+        assert not saver.in_flight
         saver.save(4, tree_of(4))
-        assert (saver.in_flight, saver.finished(), store.steps()) == (4, None, [])
+        assert (saver.in_flight, saver.finished(), store.steps()) == (True, None, [])
+        assert not saver.wait(0.01)
         assert [thread.name for thread in threading.enumerate() if not thread.daemon][-1] == "hpclr-save"
         gate.opened.set()
         saver.wait()
-        assert (saver.in_flight, store.steps()) == (None, [4])
+        assert (saver.in_flight, store.steps()) == (False, [4])
 
 
 def test_a_second_save_waits_for_the_first(store):
@@ -122,18 +123,19 @@ def test_a_failed_save_is_not_forgotten_when_another_follows(store, monkeypatch)
     assert (second.step, second.error) == (2, None)
 
 
-def test_with_wait_the_tree_itself_is_saved_and_faults_are_raised(store, monkeypatch):
+def test_without_a_copy_the_tree_itself_is_saved(store, monkeypatch):
     seen, tree = [], tree_of(1)
     with BackgroundSaver(store, check=seen.append) as saver:
-        saver.save(1, tree, wait=True)
+        saver.save(1, tree, copy=False)
+        assert saver.wait()
         assert seen == [tree]
         assert seen[0] is tree
         report = saver.finished()
         assert (report.step, report.error, report.blocked) == (1, None, report.seconds)
         monkeypatch.setenv("HPCLR_FAILPOINT", "after_data:EIO")
-        with pytest.raises(RetryableError, match="step 2"):
-            saver.save(2, tree_of(2), wait=True)
-        assert saver.finished() is None
+        saver.save(2, tree_of(2), copy=False)
+        assert saver.wait()
+        assert "step 2" in str(saver.finished().error)
     assert_holds(store.load_newest(), 1)
 
 
@@ -143,7 +145,7 @@ def test_a_wrong_tree_is_the_callers_mistake(store):
             saver.save(1, {"model": torch.ones(2).to_sparse()})
         with pytest.raises(TypeError, match=r"/model.*int"):
             saver.save(1, {"model": 3})
-        assert (saver.in_flight, saver.finished()) == (None, None)
+        assert (saver.in_flight, saver.finished()) == (False, None)
         saver.save(1, tree_of(1))
     assert_holds(store.load_newest(), 1)
 

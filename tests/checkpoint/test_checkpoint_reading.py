@@ -267,3 +267,14 @@ def test_with_the_digest_all_damage_is_refused(saved, damage, times, target, sca
             read_verified(saved, read_sidecar(saved))
     damaged.write_bytes(good)
     assert_same(read_verified(saved, read_sidecar(saved))[1], tree_of_everything())
+
+
+def test_a_file_of_a_wrong_length_takes_no_memory(tmp_path):
+    """A sparse file of 4 TiB: were it believed, it would be a lack of memory, at every start anew."""
+    store = CheckpointStore(tmp_path / "c")
+    first, path = store.save(1, {"w": torch.ones(2)}), store.save(2, {"w": torch.ones(2)})
+    os.truncate(path, 4 << 40)
+    with pytest.raises(UsageError, match=f"{path}: expected a file of \\d+ bytes, as it says itself, found {4 << 40}"):
+        read_verified(path, read_sidecar(path))
+    assert store.load_newest().path == first
+    assert path.with_name(path.name + ".bad").exists()

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import threading
 
@@ -14,7 +15,7 @@ import torch
 
 from hpclr.checkpoint import CheckpointStore, Json, NewerVersionError, load_file, write_tree
 from hpclr.checkpoint.digest import sha256_of, write_sidecar
-from hpclr.errors import RetryableError, UsageError
+from hpclr.errors import HpclrError, RetryableError, UsageError
 
 
 def tree_of(step):
@@ -310,7 +311,8 @@ def test_the_digest_is_checked_before_hdf5_sees_the_file(tmp_path):
     path = tmp_path / "f.h5"
     write_tree(path, tree_of(1), {"step": 1})
     write_sidecar(path, sha256_of(path))
-    path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    content = path.read_bytes()
+    path.write_bytes(content[:48].ljust(len(content), b"\0"))  # its start alone, which says how long it is
     with pytest.raises(UsageError, match="sha256"):
         load_file(path)
 
@@ -355,3 +357,54 @@ def test_a_checkpoint_that_this_host_sees_late(store):
     assert store.load(2).step == 2
     with pytest.raises(RetryableError, match=r"step-00000003\.h5: the checkpoint cannot be read"):
         store.load(3, patience=0.0)
+
+
+def test_a_smaller_keep_makes_room(store, monkeypatch):
+    """On a full disk a run can be continued with fewer checkpoints kept."""
+    saved(store, 1, 2, 3)
+    smaller = CheckpointStore(store.directory, keep=2)
+    real = shutil.disk_usage
+
+    def usage(path):
+        return real(path)._replace(free=0 if len(store.steps()) > 2 else 1 << 30)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    smaller.save(4, tree_of(4))
+    assert smaller.steps() == [3, 4]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_who_is_no_longer_the_owner_touches_nothing(store, times):
+    """A job that was suspended comes to again while another one saves the same step."""
+    saved(store, 1)
+    asked = []
+
+    def guard():
+        asked.append(None)
+        if len(asked) == times:
+            new_owner.save(2, tree_of(2))
+            raise HpclrError("taken over")
+
+    new_owner = CheckpointStore(store.directory)
+    with pytest.raises(HpclrError, match="taken over"):
+        CheckpointStore(store.directory, guard=guard).save(2, {"model": {"w": torch.zeros(50)}})
+    assert_holds(store.load_newest(), 2)
+    assert store.sweep() == []
+
+
+def test_odd_things_among_the_checkpoints(store, tmp_path):
+    saved(store, 1)
+    (store.directory / ".tmp-x").mkdir()
+    os.mkfifo(store.directory / "best.json")
+    assert store.best() is None
+    assert store.sweep() == []
+    assert_holds(store.load_newest(), 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file: expected a directory of checkpoints.*Not a directory"):
+        CheckpointStore(tmp_path / "file").steps()
+
+
+def test_a_best_json_without_end(store):
+    saved(store, 1)
+    (store.directory / "best.json").write_text("[" * 200_000)
+    assert store.best() is None

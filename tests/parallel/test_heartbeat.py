@@ -1,5 +1,6 @@
 """The file in which a process says what it is doing, and the log that it writes meanwhile."""
 
+import operator
 import os
 import subprocess
 import sys
@@ -7,11 +8,18 @@ import threading
 import time
 import warnings
 
+import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from hpclr import output
-from hpclr.parallel.watch.heartbeat import SIZE, Heartbeat, pid_namespace, process_state, read_heartbeat
+from hpclr.parallel.watch.heartbeat import Heartbeat, pid_namespace, process_state, read_heartbeat
 from hpclr.parallel.watch.logs import logged
+from hpclr.parallel.watch.record import SIZE, fixed_size
+
+# also long ones
+ANY_TEXT = st.builds(operator.mul, st.text(st.characters(), max_size=9), st.sampled_from([1, 9, 99]))
 
 
 @pytest.fixture
@@ -50,10 +58,50 @@ def test_the_file_has_one_size_whatever_is_said(beat, tmp_path, text):
     assert read_heartbeat(path).message == "short"
 
 
-@pytest.mark.parametrize("content", [b"", b" " * SIZE, b"\xff\xfe", b"{}", b'{"rank": 1', b'{"rank": "1"}', b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b" " * SIZE, b"\xff\xfe", b"{}", b'{"rank": 1', b'{"rank": "1"}', b"null"),
+        *(b'{"host": "\xff"}', b'{"other": "\xff"}', b'{"other": ' + b"[" * 100_000),
+    ],
+)
 def test_what_is_no_heartbeat_counts_as_none(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     assert read_heartbeat(tmp_path / "file") is None
+
+
+def test_a_pipe_is_no_heartbeat_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "file")
+    assert read_heartbeat(tmp_path / "file") is None
+
+
+class Texts(msgspec.Struct):
+    one: str
+    other: str
+    fixed: str = ""
+
+
+@given(ANY_TEXT, ANY_TEXT)
+@example("\udcff", "")
+def test_a_record_has_one_size_and_says_what_it_has_come_to(one, other):
+    record = Texts(one, other)
+    content = fixed_size(record, ("one", "other"))
+    assert len(content) == SIZE
+    assert msgspec.json.decode(content, type=Texts) == record
+    assert len(content.strip()) > SIZE / 2 or (len(record.one) >= len(one) and len(record.other) >= len(other))
+
+
+def test_a_short_record_is_not_cut():
+    record = Texts("one", "é", "x" * 400)
+    fixed_size(record, ("one", "other"))
+    assert record == Texts("one", "é", "x" * 400)
+
+
+@given(ANY_TEXT)
+def test_a_record_that_cannot_be_cut_to_its_size_is_refused(text):
+    record = Texts(text, text, "x" * SIZE)
+    with pytest.raises(ValueError, match=r"a record of Texts takes 5[0-9]+ bytes without its texts"):
+        fixed_size(record, ("one", "other"))
 
 
 def test_a_torn_record_counts_as_none(beat, tmp_path):

@@ -224,6 +224,19 @@ def test_a_run_file_in_the_run_directory_that_is_damaged(bench):
     refused(bench, texts=("run.yaml",), train={"steps": 2})
 
 
+def test_records_that_are_damaged_end_no_run(bench):
+    bench.train(train={"steps": 2})
+    environment, metrics = bench.run / "environment.json", bench.run / "metrics.jsonl"
+    environment.write_text(environment.read_text()[:100])
+    with metrics.open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "x", "kind": 1}\n"\xff"\nnull\n{"kind": "tr')
+    done = hpclr("train", bench.write(train={"steps": 4}))
+    assert done.code == 0, done.err
+    assert "environment.json is damaged, its records of earlier attempts are lost" in done.err
+    assert len(json.loads(environment.read_text())["attempts"]) == 1
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1] == 4
+
+
 @pytest.mark.parametrize(
     ("method", "every"), [({"name": "dense"}, 1), ({"name": "dense"}, 1000), (OIALR, 1), (OIALR | {"delay": 1}, 2)]
 )

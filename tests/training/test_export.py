@@ -1,8 +1,12 @@
 """`hpclr export`: other programs get the weights that the run is judged by, whole, or a reason why not."""
 
+import errno
 import hashlib
 import json
+import logging
+import os
 import resource
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,16 +14,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_safetensors
 from training_helpers import OIALR, VIT, Bench, hpclr
 
 from hpclr.checkpoint import CheckpointStore, Json, load_file
+from hpclr.checkpoint.digest import write_sidecar
+from hpclr.errors import HpclrError
 from hpclr.lowrank.interchange import dense_state_dict
+from hpclr.training import export
 from hpclr.training.assembly import build_model
 from hpclr.training.evaluation import _load_weights, load_run
-from hpclr.training.export import _Weights, _write_safetensors, _write_torch, export_checkpoint
+from hpclr.training.export import _Weights, _write_safetensors, _write_torch, _written_whole, export_checkpoint
 from hpclr.training.factored import load_factored
+from hpclr.training.onnx_export import _quiet
 from hpclr.training.stored_weights import stored_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
@@ -288,7 +296,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(suffix, trained, tmp_path):
         done = hpclr("export", run, out, "--force", "--dtype", "float64")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert done.code == 2, done.err
+    assert done.code == 2, done.err  # EFBIG: that limit stays
     assert f"{out}: it cannot be written" in done.err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -300,6 +308,121 @@ def test_an_hdf5_export_has_its_digest_also_when_replaced(trained, tmp_path):
         assert load_file(out).tree["model"]["head.bias"].dtype == getattr(torch, dtype)
         assert (tmp_path / "a.h5.sha256").read_text() == f"{hashlib.sha256(out.read_bytes()).hexdigest()}  a.h5\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "a.h5.sha256"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".h5"])
+def test_a_full_disk_is_worth_another_try(suffix, trained, tmp_path):
+    """Its own file system, of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount")
+    try:
+        (disk / "ballast").write_bytes(bytes(60_000))
+        done = hpclr("export", trained("mlp"), disk / f"a{suffix}")
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.code == 75, done.err
+    assert f"a{suffix}: it cannot be written: " in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 75),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 75),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 75),
+        (SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"), 2),
+        (SafetensorError("Error while serializing"), 2),
+        (OSError(errno.EROFS, "Read-only file system"), 2),
+    ],
+    ids=str,
+)
+def test_what_is_worth_another_try(error, code, tmp_path):
+    with pytest.raises(HpclrError, match=r"a\.pt: it cannot be written: ") as raised, _written_whole(tmp_path / "a.pt"):
+        raise error
+    assert raised.value.exit_code == code
+
+
+def test_only_a_regular_file_is_replaced(trained, tmp_path):
+    os.mkfifo(tmp_path / "a.h5")
+    (tmp_path / "b.h5").symlink_to("/dev/null")
+    for name in ("a.h5", "b.h5"):
+        done = hpclr("export", trained("mlp"), tmp_path / name, "--force")
+        assert done.code == 2
+        assert f"{name}: expected the name of a file, it is a device, a FIFO or a socket" in done.err
+    assert (tmp_path / "a.h5").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["a\udcff.h5", "a\\n.h5", "a\nb.h5", "a\rb.h5", "a b'.h5"], ids=ascii)
+def test_a_name_of_any_bytes(name, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = hpclr("export", trained("mlp"), name)
+    assert done.code == 0, done.err
+    done.out.encode()
+    assert subprocess.run(["sha256sum", "-c", name + ".sha256"], check=False, capture_output=True).returncode == 0
+    Path(name + ".sha256").write_bytes(subprocess.run(["sha256sum", name], check=True, capture_output=True).stdout)
+    assert hpclr("verify", name).code == 0
+    for out in ("out.safetensors", "out.h5"):
+        done = hpclr("export", name, out)
+        assert done.code == 0, done.err
+    Path(name + ".sha256").unlink()
+    done = hpclr("verify", name)
+    assert done.code == 1
+    done.out.encode()
+
+
+def test_a_name_that_is_too_long(trained, tmp_path):
+    done = hpclr("export", trained("mlp"), tmp_path / ("x" * 300 + ".h5"))
+    assert done.code == 2
+    assert "File name too long" in done.err
+    assert "unexpected" not in done.err
+
+
+def test_a_digest_goes_with_the_file_that_it_was_of(trained, tmp_path):
+    out = tmp_path / "a.h5"
+    export_checkpoint(trained("mlp"), out)
+    export_checkpoint(trained("mlp"), out, format="torch", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_checkpoint_without_its_digest(trained, tmp_path):
+    newest = trained("mlp") / "checkpoints" / "step-00000013.h5"
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(newest.read_bytes())
+    for command in (("inspect", copy), ("evaluate", copy), ("export", copy, tmp_path / "a.safetensors")):
+        done = hpclr(*command)
+        assert done.code == 2
+        assert "`hpclr verify --without-digest`" in done.err
+        assert "--untrusted" in done.err
+        done = hpclr(*command, "--untrusted")
+        assert done.code == 0, done.err
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["source_sha256"] == hashlib.sha256(copy.read_bytes()).hexdigest()
+    copy.with_name("copy.h5.sha256").write_text(f"{'0' * 64}  copy.h5\n")
+    assert hpclr("inspect", copy, "--untrusted").code == 2
+
+
+def test_the_source_may_be_deleted_once_it_is_loaded(trained, tmp_path, monkeypatch):
+    """As by the retention of training, which goes on meanwhile. While it is replaced it has two digests."""
+    newest = trained("mlp") / "checkpoints" / "step-00000013.h5"
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    for number, lines in enumerate(([digest], ["0" * 64, digest])):
+        copy = tmp_path / f"copy-{number}.h5"
+        copy.write_bytes(newest.read_bytes())
+        write_sidecar(copy, *lines)
+
+        def load_and_lose(path, **options):
+            loaded = load_file(path, **options)
+            path.unlink()
+            return loaded
+
+        monkeypatch.setattr(export, "load_file", load_and_lose)
+        export_checkpoint(copy, tmp_path / "a.safetensors", force=True)
+        with safe_open(tmp_path / "a.safetensors", "pt") as file:
+            assert file.metadata()["source_sha256"] == digest
 
 
 def test_no_model_is_imported_but_for_onnx_and_only_if_trusted(trained, tmp_path, monkeypatch):
@@ -353,6 +476,7 @@ def test_the_graph_computes_what_the_model_does(name, options, trained, tmp_path
     done = hpclr("export", trained(name), tmp_path / "a.onnx", *options)
     assert done.code == 0, done.err
     assert "onnxruntime differs by at most" in done.out
+    assert done.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
     dtype = torch.float16 if "fp16" in options else torch.float32
     x = samples(5).to(dtype)
@@ -386,6 +510,16 @@ def test_what_cannot_become_a_graph(trained, tmp_path, monkeypatch):
     assert done.code == 2
     assert "ONNX needs onnxscript, not found here: pip install 'hpclr[onnx]'" in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_exporter_remarks_is_not_shown(caplog):
+    """Such as on constants that it leaves alone, which depends on the model."""
+    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
+    with _quiet():
+        logger.warning("Skipping constant folding")
+    assert caplog.messages == []
+    logger.warning("not of an export")
+    assert caplog.messages == ["not of an export"]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("float64", marks=pytest.mark.slow)])

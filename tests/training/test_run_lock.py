@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import operator
 import os
 import platform
 import shutil
@@ -20,12 +21,14 @@ from test_bad_input import check_refused
 from training_helpers import hpclr, summary
 
 from hpclr.errors import HpclrError, UsageError
+from hpclr.parallel.watch.record import SIZE
 from hpclr.slurm.jobs import Job
 from hpclr.training.lock import locked
-from hpclr.training.owner import SIZE, Owner, decode, this_process
+from hpclr.training.owner import Owner, decode, this_process
 
 WATCH = 0.6  # seconds; with that, hearts beat every 0.2 s
 ELSEWHERE = "hpclr.training.owner.pid_namespace = lambda: 'another host'"  # its pids say nothing here
+OTHER_FILES = ("notes", "7", "0000007", "1" * 19, "１２３４５６")  # no names that numbers have
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -255,12 +258,29 @@ def test_a_record_that_cannot_be_read_is_not_ignored(content, tmp_path, capfd):
     assert_taken_over(tmp_path, capfd, "000001, cannot be read: it has not moved", watched=True, break_lock=True)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file_is_a_record_that_cannot_be_read(make, tmp_path, capfd):
+    (tmp_path / ".locks").mkdir()
+    make(record_of(tmp_path, 99))
+    assert_in_use(tmp_path, f"whose record, {record_of(tmp_path, 99)}, cannot be read", "--break-lock")
+    assert_taken_over(tmp_path, capfd, "000099, cannot be read: it has not moved", watched=True, break_lock=True)
+    assert owner_of(tmp_path, 100).state == "free"
+
+
+def test_an_owner_does_not_wait_for_a_pipe(tmp_path):
+    with locked(tmp_path, watch=0.1) as lock:
+        os.mkfifo(record_of(tmp_path, 2))
+        time.sleep(0.1)
+        lock.require_held()
+    assert owner_of(tmp_path).state == "free"
+
+
 def test_other_files_are_no_records(tmp_path, capfd):
     (tmp_path / ".locks").mkdir()
-    for name in (".tmp-0123456789abcdef", "notes", "7", "１２３４５６"):
+    for name in (".tmp-0123456789abcdef", *OTHER_FILES):
         (tmp_path / ".locks" / name).touch()
     assert_free(tmp_path, capfd)
-    assert sorted(path.name for path in (tmp_path / ".locks").iterdir()) == ["000001", "7", "notes", "１２３４５６"]
+    assert {path.name for path in (tmp_path / ".locks").iterdir()} == {"000001", *OTHER_FILES}
 
 
 def test_numbers_have_room(tmp_path, capfd):
@@ -273,6 +293,17 @@ def test_numbers_have_room(tmp_path, capfd):
     assert_free(tmp_path, capfd)
     assert_free(tmp_path, capfd)
     assert owner_of(tmp_path, 1_000_001).state == "free"
+
+
+@pytest.mark.parametrize("break_lock", [False, True])
+def test_numbers_come_to_an_end(break_lock, tmp_path):
+    plant(tmp_path, state="free")
+    record_of(tmp_path).rename(record_of(tmp_path, 10**18 - 2))
+    with locked(tmp_path):
+        pass
+    last = record_of(tmp_path, 10**18 - 1)
+    with pytest.raises(UsageError, match=f"{last} has the last number"), locked(tmp_path, break_lock=break_lock):
+        pass
 
 
 # Within Slurm
@@ -438,15 +469,16 @@ print(sorted(codes), count.read_text(), os.stat(base / "tally").st_size)
 """
 
 
+@pytest.mark.parametrize("seconds", [0.8, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fresh", ["fresh", "one directory"])
-def test_never_two_at_once(fresh, tmp_path):
-    line = [sys.executable, "-c", HAMMER, tmp_path, "2.5", fresh]
+def test_never_two_at_once(fresh, seconds, tmp_path):
+    line = [sys.executable, "-c", HAMMER, tmp_path, str(seconds), fresh]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     codes, count, tally = done.stdout.rsplit(maxsplit=2)
     assert codes == "[-9, 0]"
     assert count == tally
-    assert int(count) > 50
+    assert int(count) > 20 * seconds
     assert not list(tmp_path.glob("*/.locks/.tmp-*"))
 
 
@@ -462,6 +494,25 @@ def test_texts_that_are_too_long_are_cut(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train\ud800\x1b[31m", "a\nb"])
     assert "\\x1b[31m" in str(this_process())
     assert len(this_process().encode()) == SIZE
+
+
+@given(*[st.builds(operator.mul, st.text(st.characters(), max_size=9), st.sampled_from([1, 9, 99]))] * 4)
+def test_every_process_has_a_record_whatever_it_is_called(cluster, host, user, command):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "node", lambda: host)
+        patch.setattr("hpclr.training.owner._user", lambda: user)
+        patch.setattr(sys, "argv", [command])
+        patch.setattr(os, "environ", {"SLURM_JOB_ID": "9" * 18, "SLURM_CLUSTER_NAME": cluster})
+        owner = this_process()
+    owner.beat = owner.check = 2**63
+    content = owner.encode()
+    assert len(content) == SIZE
+    assert decode(content) == owner
+
+
+def test_the_name_of_a_cluster_is_kept(monkeypatch):
+    in_job(monkeypatch, 7, 1)
+    assert this_process().job == Job("7", 1, "ci")
 
 
 @given(st.binary(max_size=200), st.integers(0, 400))

@@ -91,7 +91,7 @@ def test_a_disk_that_fails_for_a_while(broken, mended, background, acting, impat
     done = acting({4: broken, 9: mended}, checkpoint=EVERY_OTHER | {"background": background})
     assert done.code == 0, done.err
     assert re.search("of step [24] could not be saved", done.err)  # that of step 2 may still have been under way
-    assert "Training goes on; another save is tried in" in done.err
+    assert "Training goes on; another save is tried" in done.err
     assert [record["step"] for record in records(bench.run, "train")] == list(range(1, 14))
     assert {0, 10, 12, 13} <= set(steps_kept(bench.run))
     shutil.move(bench.run, bench.path / "troubled")
@@ -130,6 +130,58 @@ def test_a_disk_that_is_full_from_the_start(acting, small_disk, bench):
     done = acting({1: "raise AssertionError('trained')"})
     assert done.code == 75, done.err
     assert "step 0 could not be saved" in done.err
+
+
+def test_a_stop_right_after_a_save_that_fails(acting, impatient, small_disk, bench):
+    """What is said to be saved is saved: a save in the background of the last step is waited for, and made again."""
+    stop = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    done = acting({4: f"{FILL}; {stop}"}, checkpoint=EVERY_OTHER | {"every": 1})
+    assert done.code == 75, done.err
+    assert "of step 4 could not be saved" in done.err
+    (small_disk / "ballast").unlink()
+    done = acting({2: stop}, checkpoint=EVERY_OTHER | {"every": 1})
+    assert done.code == 85, done.err
+    step = int(re.search(r"the run is saved at step (\d+)", done.err)[1])
+    assert step in steps_kept(bench.run)
+    assert step in [record["step"] for record in records(bench.run, "save")]
+
+
+def test_no_memory_for_a_copy(acting, impatient, bench, monkeypatch):
+    """The run is told to save without one; its first and its last save need none."""
+
+    def take(self, tree):
+        raise MemoryError("no memory for a copy of shape (9,)")
+
+    monkeypatch.setattr("hpclr.checkpoint.background.HostCopy.take", take)
+    done = acting({})
+    assert done.code == 0, done.err
+    assert "checkpoint.background=false" in done.err
+    assert steps_kept(bench.run) == [0, 13]
+
+
+def test_a_checkpoint_of_another_run(bench):
+    bench.train(train={"steps": 5})
+    for path in (bench.run / "checkpoints").glob("step-00000005.h5*"):
+        shutil.copy(path, bench.path)
+    bench.train("--fresh", train={"steps": 2, "seed": 1})
+    for path in bench.path.glob("step-00000005.h5*"):
+        shutil.copy(path, bench.run / "checkpoints")
+    done = hpclr("train", bench.write(train={"steps": 8, "seed": 1}))
+    assert done.code == 2, done.err
+    assert "is of a run of another run file. What differs: train.seed: 0 in the run, 1 now" in done.err
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(bench):
+    bench.train(train={"steps": 2})
+    hpclr("export", bench.run, bench.path / "w.h5")
+    for suffix in ("", ".sha256"):
+        content = (
+            (bench.path / f"w.h5{suffix}").read_bytes().replace(b"w.h5", b"step-00000002.h5" if suffix else b"w.h5")
+        )
+        (bench.run / "checkpoints" / f"step-00000002.h5{suffix}").write_bytes(content)
+    done = hpclr("train", bench.write(train={"steps": 4}))
+    assert done.code == 2, done.err
+    assert "is no checkpoint as `hpclr train` writes it" in done.err
 
 
 def test_training_goes_on_while_a_save_is_written(acting, bench, monkeypatch):

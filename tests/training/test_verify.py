@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import tempfile
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +249,68 @@ def test_a_file_without_its_digest(bench, tmp_path):
     assert done.code == 1
     assert "there is no stranger.h5.sha256 beside it" in done.out
     assert hpclr("verify", other, "--without-digest").code == 0
+
+
+def test_data_without_a_digest_and_a_digest_without_data(bench):
+    checkpoints = bench.train(checkpoint={"every": 3, "keep": 5, "keep_best": False}) / "checkpoints"
+    a, b, c, d, newest = sorted(checkpoints.glob("step-*.h5"))
+    (checkpoints / f"{a.name}.sha256").unlink()
+    b.unlink()
+    (checkpoints / f"{newest.name}.sha256").unlink()
+    done = hpclr("verify", bench.run)
+    assert done.code == 1
+    lines = done.out.splitlines()
+    assert lines[0].startswith(f"{a}: not good: there is no {a.name}.sha256 beside it, so the checkpoint was never")
+    assert lines[1].startswith(f"{b}: not good: its data is missing, only {b.name}.sha256 is there")
+    assert [line.startswith(f"{path}: good") for line, path in zip(lines[2:], (c, d), strict=False)] == [True, True]
+    assert lines[4] == f"{newest}: not committed (yet): it has no {newest.name}.sha256; the next start sets it aside"
+    assert len(lines) == 5
+    a.unlink()
+    (checkpoints / f"{b.name}.sha256").unlink()
+    done = hpclr("verify", bench.run)
+    assert done.code == 0  # the newest alone: training may be going on
+    assert f"{newest}: not committed (yet)" in done.out
+
+
+def test_one_that_training_deletes_meanwhile(bench):
+    """First its data goes, then its digest."""
+    path = max((bench.train() / "checkpoints").glob("step-*.h5"))
+    path.unlink()
+    later = threading.Timer(0.3, path.with_name(path.name + ".sha256").unlink)
+    later.start()
+    assert str(verify_file(path)) == f"{path}: was deleted meanwhile"
+    later.join()
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "evaluate"])
+def test_a_name_that_is_too_long(command, bench):
+    for name in ("x" * 300 + ".h5", "x" * 300):
+        done = hpclr(command, name)
+        assert done.code == 2
+        assert f"{name}: it cannot be read: File name too long" in done.err
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "evaluate", "export"])
+def test_what_may_not_be_read(command, digits):
+    """Permissions do not apply to root, who is another user meanwhile."""
+    with tempfile.TemporaryDirectory() as public:
+        os.chmod(public, 0o755)
+        store = CheckpointStore(Path(public, "locked", "checkpoints"))
+        store.directory.parent.mkdir()
+        file = store.save(3, {"model": {"w": torch.ones(2)}})
+        store.directory.chmod(0)
+        was = os.geteuid()
+        os.seteuid(65534 if was == 0 else was)
+        try:
+            more = [Path(public, "a.pt")] if command == "export" else []
+            found = [hpclr(command, path, *more) for path in (store.directory.parent, store.directory, file)]
+        finally:
+            os.seteuid(was)
+            store.directory.chmod(0o755)
+    for done in found:
+        assert done.code == 2, done
+        assert "Permission denied" in done.err
+        assert "unexpected" not in done.err
 
 
 def test_what_is_no_checkpoint(bench):

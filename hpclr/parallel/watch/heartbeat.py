@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from hpclr.output import printable
+from hpclr.parallel.watch.record import fixed_size, read_record
 
-SIZE = 512  # bytes; small enough to be written at once
 Ending = Literal["", "done", "saved", "failed", "left"]  # left: because of another process's failure
 
 
@@ -101,7 +101,7 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                os.pwrite(descriptor, _fixed_size(self.record()), 0)
+                os.pwrite(descriptor, fixed_size(self.record(), ("message", "phase", "host")), 0)
             finally:
                 os.close(descriptor)
 
@@ -119,10 +119,10 @@ def read_heartbeat(path: Path) -> Record | None:
     """The record in a heartbeat file; None if there is none, or none that can be read now."""
     for _ in range(3):  # it may be caught half-written
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
+            record = msgspec.json.decode(read_record(path), type=Record)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             record = None
         if record is not None and record.beat == record.check:
             return record
@@ -148,11 +148,3 @@ def process_state(pid: int) -> str:
     except OSError:
         return "?"
     return "" if state in "ZX" else state
-
-
-def _fixed_size(record: Record) -> bytes:
-    """The record as SIZE bytes of JSON, blanks and a final newline; texts that are too long are cut."""
-    while len(content := msgspec.json.encode(record)) >= SIZE:
-        longest = max(("message", "phase", "host"), key=lambda name: len(getattr(record, name)))
-        setattr(record, longest, getattr(record, longest)[: len(getattr(record, longest)) * 3 // 4])
-    return content.ljust(SIZE - 1) + b"\n"
