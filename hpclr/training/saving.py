@@ -149,7 +149,8 @@ class Saving:
         """
         if self._troubled:
             self._troubled = False
-            self._note(self._group.on_first(self._tell))
+            if text := self._group.on_first(self._tell):
+                self._note(text)
 
     # On the first process
 
@@ -204,12 +205,14 @@ class Saving:
         self._next = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    def _tell(self) -> str:
+    def _tell(self) -> str | None:
         fault = self._taken()
         if isinstance(fault, RetryableError):
             wait = max(0.0, self._next - time.monotonic())
             return f"{fault} Training goes on; another save is tried when one is due, and after {wait:.0f} s."
-        raise fault or HpclrError("saving is said to have failed, but nothing is known of it")
+        if fault is not None:
+            raise fault
+        return None  # a later save has made it good
 
     def _taken(self) -> HpclrError | None:
         """What is wrong, as an error for people; it then counts as told."""

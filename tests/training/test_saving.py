@@ -14,7 +14,7 @@ import torch
 from test_bad_input import refused
 from training_helpers import Bench, assert_same_run, hpclr, last_tree, records, steps_kept
 
-from hpclr.checkpoint import load_file
+from hpclr.checkpoint import CheckpointStore, load_file
 from hpclr.errors import RetryableError
 from hpclr.training import loop, metrics, saving
 from hpclr.training.metrics import MetricsFile
@@ -23,9 +23,11 @@ from hpclr.training.tasks import Score
 
 # A model that runs what the environment's AT says before the forward pass of a training step: {"3": "statement"}.
 ACTING = """
-import json, os, shutil, time
+import json, os, shutil, threading, time
 import torch
 from torch import nn
+
+gate = threading.Event()
 
 def fill():
     with open("runs/ballast", "wb", buffering=0) as file:
@@ -192,28 +194,24 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(bench):
 
 
 def test_training_goes_on_while_a_save_is_written(acting, bench, monkeypatch):
-    """The step after a save takes place before that save is done, and what was copied is what is saved."""
-    write = saving.BackgroundSaver.save
-    monkeypatch.setenv("HPCLR_SLOW", "1")
-    started: list[int] = []
+    """The save of step 4 is held up until step 6 is being trained; what was copied is what it saves."""
+    save, met = CheckpointStore.save, []
 
-    def save(self, step, *rest, **more):
-        started.append(step)
-        return write(self, step, *rest, **more)
+    def held_up(self, step, *rest, **more):
+        if step == 4:
+            met.append(sys.modules["acting"].gate.wait(20))
+        return save(self, step, *rest, **more)
 
-    monkeypatch.setattr(saving.BackgroundSaver, "save", save)
-    assert acting({}).code == 0
+    monkeypatch.setattr(CheckpointStore, "save", held_up)
+    assert acting({6: "gate.set()"}).code == 0
+    assert met == [True]
+    monkeypatch.setattr(CheckpointStore, "save", save)
     shutil.move(bench.run, bench.path / "background")
     assert acting({}, checkpoint=EVERY_OTHER | {"background": False}).code == 0
-    assert started == 2 * [0, 2, 4, 6, 8, 10, 12, 13]
     assert_same_run(bench.path / "background", bench.run)
-    for step in (4, 8):
-        trees = [
-            load_file(run / "checkpoints" / f"step-{step:08d}.h5").tree
-            for run in (bench.path / "background", bench.run)
-        ]
-        weights = [tree["model"] for tree in trees]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    name = "checkpoints/step-00000004.h5"
+    one, other = (load_file(run / name).tree["model"] for run in (bench.path / "background", bench.run))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_saves_by_the_clock(bench):

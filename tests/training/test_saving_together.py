@@ -8,12 +8,11 @@ import pytest
 from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixtures
     FLOAT64,
     Change,
-    assert_same_result,
     errors,
     the_tasks,
     the_team,
 )
-from training_helpers import hpclr, records, steps_kept
+from training_helpers import assert_same_run, hpclr, records, steps_kept
 
 from hpclr.checkpoint import CheckpointStore
 
@@ -119,7 +118,7 @@ def test_killed_while_a_save_is_written(name, team):
     shutil.move(team.bench.run, team.bench.path / "killed")
     whole = team.srun(2, **SECTIONS)
     assert whole.ended() == [0, 0], whole.console
-    assert_same_result(team.bench.path / "killed", team.bench.run)
+    assert_same_run(team.bench.path / "killed", team.bench.run)
 
 
 # phase of a load → where it is, what goes wrong there, the exit code, what is said
