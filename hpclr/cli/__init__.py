@@ -17,6 +17,7 @@ from hpclr.version import __version__
 COMMANDS = {
     "train": ("hpclr.cli.train:train", "Train a run file, or continue where it stopped."),
     "launch": ("hpclr.cli.launch:launch", "Train with several processes on this machine."),
+    "stop": ("hpclr.cli.stop:stop", "Ask a run to save and end."),
     "evaluate": ("hpclr.cli.evaluate:evaluate", "Score a checkpoint on a split of the data."),
     "inspect": ("hpclr.cli.inspect:inspect", "Show what a checkpoint holds: step, ranks, spectra, sizes."),
     "verify": ("hpclr.cli.verify:verify", "Check that checkpoints are whole and make sense."),

@@ -22,6 +22,7 @@ FREE = {
     "validation": "validation reads the weights and changes none; `patience` only ends a run sooner or later",
     "checkpoint": "saving changes nothing that is saved",
     "parallel": "on how many processes and by which way makes rounding errors only",
+    "slurm": "a run that leaves earlier or later goes on all the same",
 }
 GROWING = {
     "train.epochs": "a run may be made longer",

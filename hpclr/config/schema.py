@@ -424,6 +424,18 @@ class Parallel(Section, kw_only=True, frozen=True):
     unused_parameters: Annotated[bool, doc("Look in every step for parameters that the loss does not need.")] = False
 
 
+class Slurm(Section, kw_only=True, frozen=True):
+    """How a run leaves a job that is about to end."""
+
+    margin: Annotated[
+        Positive | None,
+        doc(
+            "Seconds before the job's time limit in which the run saves and leaves; null: measured, as twice the "
+            "longest save, the longest step and a minute."
+        ),
+    ] = None
+
+
 class RunFile(Section, kw_only=True, frozen=True):
     """A run file, read and checked."""
 
@@ -440,6 +452,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     validation: Annotated[Validation, doc("When the model is evaluated.")] = Validation()
     checkpoint: Annotated[Checkpoint, doc("When the run is saved.")] = Checkpoint()
     parallel: Annotated[Parallel, doc("How many processes work together.")] = Parallel()
+    slurm: Annotated[Slurm, doc("How a run leaves a job that is about to end.")] = Slurm()
 
     def __post_init__(self) -> None:
         micro, batch = self.train.micro_batch, self.data.batch_size

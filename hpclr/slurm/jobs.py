@@ -1,10 +1,11 @@
 """Which job of Slurm's this is, and whether another one has ended."""
 
-import os
 import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from hpclr.slurm.client import ask
 
 _PATIENCE = 10.0  # seconds for an answer
 _COLUMNS = "JobID:20,State:30,RestartCnt:12"
@@ -86,19 +87,8 @@ def _cluster() -> str | None:
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
-    # The user's settings of squeue would change what it prints, and SLURM_CLUSTERS whom it asks.
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_") and k != "SLURM_CLUSTERS"}
     try:
-        return subprocess.run(  # noqa: S603
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            check=False,
-        )
+        return ask(*command, patience=_PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from hpclr.errors import HpclrError, UsageError
+from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.output import say
 from hpclr.parallel.watch.record import read_record
 from hpclr.training.owner import Fate, Owner, decode, fate_of, this_process
@@ -135,6 +135,23 @@ def locked(path: Path, *, break_lock: bool = False, watch: float = WATCH) -> Ite
         lock = _take(path, break_lock, watch)
     with lock.held(watch / 3):
         yield lock
+
+
+def holder(path: Path) -> Owner | None:
+    """Whose a run directory is by the records, dead or alive; None if it is free. Changes nothing.
+
+    Raises:
+        RetryableError: if that cannot be read now.
+        UsageError: if it may not be read.
+    """
+    if not (path / _RECORDS).is_dir():
+        return None
+    with writing(path), _opened(path / _RECORDS) as place:
+        number = place.newest()
+        owner = decode(place.read(number)) if number else None
+    if number and owner is None:
+        raise RetryableError(f"{path / _RECORDS / _name(number)} says who uses {path}, but is not whole; try again")
+    return None if _is_free(owner) else owner
 
 
 def _take(path: Path, break_lock: bool, watch: float) -> RunLock:

@@ -21,7 +21,7 @@ from hpclr.training.assembly import Assembly, steps_between_validations
 from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory, writing
-from hpclr.training.saving import LAST_PAUSES, Saving
+from hpclr.training.saving import LAST_PAUSES, Saving, usual_seconds
 from hpclr.training.schedules import set_learning_rate
 from hpclr.training.state import Position, capture, not_finite, position_of, tensors
 from hpclr.training.stopping import StopRequests
@@ -42,15 +42,21 @@ class Trainer:
         directory: exists.
         store: the run's checkpoints, which the first process writes.
         shown: where progress goes.
+        stop: what asks this process to stop.
     """
 
     def __init__(
-        self, parts: Assembly, position: Position, directory: RunDirectory, store: CheckpointStore, shown: Display
+        self,
+        parts: Assembly,
+        position: Position,
+        directory: RunDirectory,
+        store: CheckpointStore,
+        shown: Display,
+        stop: StopRequests,
     ) -> None:
         self.parts, self.position, self.directory, self.store, self.shown = parts, position, directory, store, shown
-        self.job, self.group = parts.job, parts.job.group
+        self.job, self.group, self.stop = parts.job, parts.job.group, stop
         self.metrics = MetricsFile(directory.metrics if self.group.is_first else None)
-        self.stop = StopRequests()
         self._validate_every = steps_between_validations(parts.run, len(parts.loader))
         self.losses = LossLog(self.metrics, shown, 1 if parts.device.type == "cpu" else 10, self._summed)
         self.saving = Saving(
@@ -62,9 +68,11 @@ class Trainer:
             record=self.metrics.append,
             own=directory.require_held,
             doing=self.job.doing,
+            longest=usual_seconds(directory.metrics) if self.group.is_first else 0.0,
         )
         self._clock = time.monotonic()
-        self._saved_at: int | None = None
+        self._began_at = position.step
+        self._saved_at = position.step or None
         self._unbounded = _buffers_not_finite(parts.model)
 
     def train(self) -> None:
@@ -73,7 +81,7 @@ class Trainer:
         All processes go through it in step: each decision follows from what all of them know.
 
         Raises:
-            StopRequestedError: after saving, if a signal to any process asked for it.
+            StopRequestedError: after saving, if any process was asked to stop.
             TrainingDivergedError: if the loss is no longer finite.
             RetryableError: if the first or the last checkpoint, or the records, cannot be written.
             ReplicasDifferError: if the processes' parameters are no longer equal to the bit.
@@ -82,7 +90,10 @@ class Trainer:
         with self.stop.listening(), self._batches() as self.batches, self.saving:
             if self.position.step == 0:
                 self._save(pauses=())  # a full disk or a missing permission shows now, not after an hour
+            self.stop.agreed = self.group.on_first(self._wants_to_stop)  # there may be no time to train at all
             while not self._at_end():
+                if self.stop.agreed:
+                    self._leave()
                 self._take_step()
                 if self.losses.full:
                     self._settle_losses()
@@ -91,8 +102,6 @@ class Trainer:
                 self._verify_if_due()
                 improved = self._validate_if_due()
                 self._save_if_due(improved)
-                if self.stop.agreed and not self._at_end():
-                    self._leave()
             self._finish()
 
     def _batches(self) -> BatchStream:
@@ -143,11 +152,14 @@ class Trainer:
 
     def _summed(self, losses: Tensor) -> Tensor:
         """Losses summed over the processes; the same message carries the requests to stop, and to save."""
-        signals = [self.stop.reason is not None, *self.saving.signals()]
+        signals = [self._wants_to_stop(), *self.saving.signals()]
         summed = self.group.sum(torch.cat([losses, losses.new_tensor(signals)]))
         self.stop.agreed |= bool(summed[-3])
         self.saving.hear(summed[-2:])
         return summed[:-3]
+
+    def _wants_to_stop(self) -> bool:
+        return self.stop.look(self.saving.longest)
 
     def _adapt(self) -> None:
         """What follows an optimiser step: the method's turn, then the averages'."""
@@ -257,9 +269,11 @@ class Trainer:
     def _leave(self) -> None:
         self._save(pauses=LAST_PAUSES)
         self.group.on_first(self.metrics.settle)
+        reason = next(filter(None, self.group.gather(self.stop.reason)))
+        idle = "nothing was trained, and " if self.position.step == self._began_at else ""
         raise StopRequestedError(
-            f"{self.stop.reason or 'a signal to another process'} received: the run is saved at step "
-            f"{self.position.step} of {self.parts.total_steps}; the same command continues it"
+            f"{reason}: {idle}the run is saved at step {self.position.step} of {self.parts.total_steps}; "
+            "the same command continues it"
         )
 
     def _finish(self) -> None:

@@ -1,5 +1,6 @@
 """`hpclr train`: from a run file to a finished run, or on from where it stopped."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from hpclr.training.lock import locked
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
 from hpclr.training.progress import Display, Nothing, display
-from hpclr.training.run_directory import RunDirectory
+from hpclr.training.run_directory import RunDirectory, writing
 from hpclr.training.state import Position, from_tree, position_of, restore
+from hpclr.training.stopping import StopRequests, deadline_of
 
 
 def train(
@@ -37,6 +39,7 @@ def train(
         HpclrError: as `Trainer.train`; and if another process has failed.
     """
     directory = RunDirectory(runs / run.name)
+    stop = _stop_requests(run, directory, layout)
     if fresh:
         directory.check_place()
     else:
@@ -46,9 +49,15 @@ def train(
         parts = assemble(run, job, continuing=continuing)
         with parts.dataset, ExitStack() as held:
             job.group.on_first(lambda: _take(held, directory, run, fresh, break_lock))
-            _train_locked(parts, directory, continuing)
+            _train_locked(parts, directory, continuing, stop)
             parts.replica.renew()  # what it holds of the other processes goes before they part
     return directory
+
+
+def _stop_requests(run: RunFile, directory: RunDirectory, layout: Layout) -> StopRequests:
+    """What asks this process to stop; the file and the clock are for the first one."""
+    deadline = deadline_of(os.environ)  # on every process: if it is nonsense, none of them waits for the others
+    return StopRequests() if layout.rank else StopRequests(directory.stop_file, deadline, run.slurm.margin)
 
 
 def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, break_lock: bool) -> None:
@@ -59,9 +68,11 @@ def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, b
         say(f"the run that was in {directory.path} is now in {old}")
     directory.lock = held.enter_context(locked(directory.path, break_lock=break_lock))
     directory.check(run)  # once more: another process may have been here while the parts were made
+    with writing(directory.path):
+        directory.stop_file.unlink(missing_ok=True)  # whoever was to stop has done so
 
 
-def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool) -> None:
+def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, stop: StopRequests) -> None:
     store, group = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep), parts.job.group
     first = _FirstLook(parts, directory, store)
     finished, step = group.on_first(first.look)
@@ -78,7 +89,7 @@ def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool) ->
         with _display(parts, position) as shown:
             if step is not None:
                 shown.note(f"continuing from step {position.step} ({store.path(step).name})")
-            Trainer(parts, position, directory, store, shown).train()
+            Trainer(parts, position, directory, store, shown, stop).train()
 
 
 class _FirstLook:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hpclr.training.lock import RunLock
 
 RUNS_VARIABLE = "HPCLR_RUNS"
-_LEFTOVERS = (".lock", ".tmp-", ".meeting-", ".nonce-", "logs")  # of a start under way, or that was killed: no run yet
+# Of a start under way, or that was killed: no run yet.
+_LEFTOVERS = (".lock", ".tmp-", ".meeting-", ".nonce-", "logs", "submission", "STOP")
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # trying again changes nothing
 
 
@@ -45,6 +46,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
+        self.stop_file = path / "STOP"  # a request to save and leave
         self.lock: RunLock | None = None  # set by the process that holds it for all of the job
 
     @property

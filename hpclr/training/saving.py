@@ -1,8 +1,10 @@
 """When a run is saved, and what follows if it cannot be."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config.schema import Checkpoint
 from hpclr.errors import HpclrError, RetryableError, message_of
 from hpclr.parallel.group import Group
+from hpclr.training.metrics import read_metrics
 
 _LONGEST_SAVE = 3600.0  # seconds; a save that takes longer hangs, and the watch over the processes may say so
 _PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds from a save that failed to the next try; each time twice as long
@@ -35,6 +38,10 @@ class Saving:
         record: keeps a record of a save: its kind, its step, numbers.
         own: raises if the run directory is no longer this job's.
         doing: says what this process does.
+        longest: seconds that a save takes, as far as is known.
+
+    Attributes:
+        longest: seconds that saves have taken at most.
     """
 
     def __init__(
@@ -48,7 +55,9 @@ class Saving:
         record: Callable[..., None],
         own: Callable[[], None],
         doing: Callable[[str], None],
+        longest: float = 0.0,
     ) -> None:
+        self.longest = longest
         self._settings, self._group, self._own, self._doing = settings, group, own, doing
         self._note, self._record = note, record
 
@@ -194,6 +203,7 @@ class Saving:
         report = self._saver.finished()
         if report is None:
             return
+        self.longest = max(self.longest, report.seconds)
         if report.error is not None:
             self._failed(report.error)
         else:
@@ -225,6 +235,15 @@ class Saving:
                 "checkpoint.background=false, which stops training while it is saved, or ask for more memory."
             )
         return HpclrError(f"the run cannot be saved: unexpected {type(error).__name__}: {error}")
+
+
+def usual_seconds(metrics: Path) -> float:
+    """Seconds that most saves of a run took, by its records; 0 if there are none.
+
+    Not the longest: a disk that hung once must not take the time from all later attempts.
+    """
+    seconds = [record["seconds"] for record in read_metrics(metrics) if record["kind"] == "save"]
+    return statistics.median(seconds) if seconds else 0.0
 
 
 def _numbers(report: SaveReport) -> dict[str, Any]:

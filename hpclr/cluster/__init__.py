@@ -1,0 +1,1 @@
+"""Runs as jobs of a cluster: submitted, watched, stopped from where the user sits."""

@@ -1,0 +1,29 @@
+#!/bin/bash
+# A run of hpclr on 2 nodes with 2 processes each, started by mpirun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=digits
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/work/runs/digits
+HPCLR_ATTEMPTS=20 # starts that the job may have
+CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+
+launch() {
+  exec mpirun -n 4 --map-by ppr:2:node --bind-to none \
+    apptainer exec --nv --bind /scratch/me '/images/hpclr 0.1.sif' \
+    python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
+}
+

@@ -1,0 +1,40 @@
+#!/bin/bash
+# A run of hpclr on 4 nodes with 4 processes each, started by mpirun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=digits
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=4
+#SBATCH --time=08:00:00
+#SBATCH --partition=accelerated
+#SBATCH --account=my-project
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/work/runs/digits
+HPCLR_ATTEMPTS=20 # starts that the job may have
+CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+set +eu # sites do not write these for it
+type module >/dev/null 2>&1 || . /etc/profile
+module load devel/cuda/12.4 mpi/openmpi/5.0 || exit 1
+set -eu
+export NCCL_SOCKET_IFNAME=ib0
+export GREETING='it'"'"'s $HOME'
+export PYTHONPATH=/work/runs/digits/submission/code${PYTHONPATH:+:$PYTHONPATH}
+
+launch() {
+  exec mpirun -n 16 --map-by ppr:4:node --bind-to core \
+    /home/me/venv/bin/python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
+}
+

@@ -1,0 +1,180 @@
+#!/bin/bash
+# A run of hpclr on 2 nodes with 2 processes each, started by mpirun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=digits
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=2
+#SBATCH --cpus-per-task=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/work/runs/digits
+HPCLR_ATTEMPTS=20 # starts that the job may have
+CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+
+launch() {
+  exec mpirun -n 4 --map-by ppr:2:node --bind-to none \
+    python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
+}
+
+# --- From here on all scripts of hpclr are the same.
+
+say() { printf 'hpclr: %s\n' "$*" >&2; }
+
+# Asks the run to save and to end, unless it has been asked already; it looks for the file.
+stop() {
+  local new=$RUN/.tmp-STOP-$SLURM_JOB_ID
+  say "signal $1: the run is asked to save"
+  printf 'requeue signal %s from Slurm\n' "$1" >"$new" && mv -n "$new" "$RUN/STOP" || true
+  rm -f "$new"
+}
+
+# How the run was asked to end: requeue, end, or nothing.
+request() { sed -n '1{s/ .*//;p;q}' "$RUN/STOP" 2>/dev/null || true; }
+
+# When Slurm will end the job, in seconds since 1970; nothing if it does not say. Older ones have no such variable.
+deadline() {
+  local end
+  if [[ ${SLURM_JOB_END_TIME:-} =~ ^[0-9]+$ ]]; then
+    echo "$SLURM_JOB_END_TIME"
+  else
+    end=$(ask %e) && [[ $end == 2* ]] && date --date="$end" +%s || true
+  fi
+}
+
+# What squeue says of this job in one of its formats; an array's number may bring other jobs with it.
+ask() {
+  SLURM_TIME_FORMAT=standard timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format="%A $1" 2>/dev/null |
+    sed -n "s/^$SLURM_JOB_ID //p"
+}
+
+# A job that has been cancelled is still there while it ends, and Slurm would requeue it if asked to.
+cancelled() {
+  local state
+  state=$(ask '%T %r') || return 1
+  [[ $state == CANCELLED* || ($state == COMPLETING* && $state != *TimeLimit*) ]]
+}
+
+# The step of the newest checkpoint that was completed; 0 if there is none.
+newest_step() {
+  local file step newest=0
+  for file in "$RUN"/checkpoints/step-*.h5.sha256; do
+    step=${file##*/step-} step=${step%.h5.sha256}
+    if [[ $step =~ ^[0-9]{8,18}$ && -e ${file%.sha256} ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
+  done
+  echo "$newest"
+}
+
+# How the attempt ended, as its processes have recorded it: launchers change exit codes. Else what the launcher said.
+outcome() {
+  local place=$HPCLR_LAUNCH code
+  if [ -s "$place/attempt" ]; then place=$RUN/logs/$(sed 's/.*\///' "$place/attempt"); fi
+  code=$(sed -n 's/^  "code": \([0-9]\{1,3\}\),\{0,1\}$/\1/p' "$place/exit.json" 2>/dev/null) || true
+  if [ -z "$code" ]; then code=$1; fi
+  if ((code > 128)); then code=75; fi # killed
+  echo "$code"
+}
+
+# A port of this node, the first of the job, on which nobody listens; those from 32768 on are given away by Linux.
+free_port() {
+  local port=$((20000 + SLURM_JOB_ID % 10000))
+  while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+  echo "$port"
+}
+
+# logs/progress has a line for each start since the job, or its chain, first started: job, restart, step it began with.
+begin() {
+  local restart=${SLURM_RESTART_COUNT:-0} follows=no last
+  rm -rf "$RUN/logs/.launch-$SLURM_JOB_ID-"* # of a start that was killed
+  [[ $CHAIN == no || ${SLURM_JOB_DEPENDENCY:-} != *afternotok:* ]] || follows=yes
+  if [[ $restart == 0 && $follows == no ]]; then : >"$RUN/logs/progress"; fi
+  touch "$RUN/logs/progress"
+  last=$(tail -n 1 "$RUN/logs/progress")
+  if [[ $follows == yes && $last == over\ * ]]; then
+    say "an earlier job of this chain has ended it with exit code ${last#over }: nothing is left to do"
+    exit "${last#over }"
+  fi
+  earlier_step=$(sed -n 's/^[0-9]* [0-9]* \([0-9]*\)$/\1/p' "$RUN/logs/progress" | tail -n 1)
+  first_step=$(newest_step)
+  echo "$SLURM_JOB_ID $restart $first_step" >>"$RUN/logs/progress"
+}
+
+# Ends the job for good; the jobs of a chain that come after it will know.
+over() {
+  if [ "$CHAIN" = yes ]; then echo "over $1" >>"$RUN/logs/progress"; fi
+  exit "$1"
+}
+
+# The run can go on. Should it, by itself?
+go_on() {
+  local code=$1 step again
+  step=$(newest_step)
+  printf -v again 'To go on: sbatch %q' "$RUN/submission/job.sh"
+  if [[ $(request) == end && $code == 85 ]]; then
+    say "saved at step $step, and ended as it was asked to. $again"
+    over 0
+  elif [ "$(request)" = end ]; then
+    say "it was asked to end, but has failed (exit code $code) before it could save; it was saved at step $step. $again"
+    over "$code"
+  elif cancelled; then
+    say "the job was cancelled, and is not requeued; it was saved at step $step. $again"
+    exit "$code"
+  elif ((${SLURM_RESTART_COUNT:-0} + 1 >= HPCLR_ATTEMPTS)); then
+    say "the last of $HPCLR_ATTEMPTS starts has ended (exit code $code); it was saved at step $step. $again"
+    over 1
+  elif [ -n "$earlier_step" ] && ((step <= first_step && first_step <= earlier_step)); then
+    say "two starts in a row have not come beyond step $step (exit code $code); $RUN/logs may tell why. $again"
+    over 1
+  elif [ "$CHAIN" = yes ]; then
+    say "exit code $code at step $step: the next job of the chain goes on. If this was the last one: $again"
+    exit 85
+  fi
+  say "exit code $code at step $step: requeueing job $SLURM_JOB_ID"
+  requeue && exit 85
+  say "Slurm did not requeue the job in $PATIENCE seconds. To go on: scontrol requeue $SLURM_JOB_ID. $again"
+  exit 1
+}
+
+# Slurm's controller may be away for a while.
+requeue() {
+  local end=$((SECONDS + PATIENCE))
+  until timeout 60 scontrol requeue "$SLURM_JOB_ID"; do
+    ((SECONDS < end)) || return 1
+    sleep 5
+  done
+}
+
+trap 'asked=yes; stop USR1' USR1
+trap 'asked=yes; stop TERM' TERM
+trap 'rm -rf "${HPCLR_LAUNCH:-}"' EXIT
+
+cd "$RUN"
+begin
+# Where the processes say which attempt this is, or that they have failed before there was one.
+HPCLR_LAUNCH=$(mktemp -d "$RUN/logs/.launch-$SLURM_JOB_ID-XXXXXX")
+HPCLR_DEADLINE=$(deadline)
+export HPCLR_LAUNCH HPCLR_DEADLINE
+[ -n "$HPCLR_DEADLINE" ] || unset HPCLR_DEADLINE
+
+launch &
+# A signal to this script ends `wait`, not the launcher.
+while asked=no code=0; do
+  wait $! || code=$?
+  [ "$asked" = yes ] || break
+done
+trap '' USR1 TERM
+code=$(outcome "$code")
+case $code in
+  0) over 0 ;;
+  75 | 85) go_on "$code" ;;
+  *) over "$code" ;;
+esac

@@ -1,0 +1,37 @@
+#!/bin/bash
+# A run of hpclr on 2 nodes with 2 processes each, started by torchrun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=digits
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/work/runs/digits
+HPCLR_ATTEMPTS=20 # starts that the job may have
+CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+
+launch() {
+  local host port
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+  port=$(free_port)
+  exec srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=1 --mpi=none bash -c \
+    'exec \
+      apptainer exec --nv --bind /scratch/me '"'"'/images/hpclr 0.1.sif'"'"' \
+      python -m torch.distributed.run \
+      --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d \
+      --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+      -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml' \
+    agent "$host" "$port"
+}
+

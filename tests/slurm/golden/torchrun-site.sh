@@ -1,0 +1,49 @@
+#!/bin/bash
+# A run of hpclr on 4 nodes with 4 processes each, started by torchrun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=digits
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=4
+#SBATCH --time=08:00:00
+#SBATCH --partition=accelerated
+#SBATCH --account=my-project
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/work/runs/digits
+HPCLR_ATTEMPTS=20 # starts that the job may have
+CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+set +eu # sites do not write these for it
+type module >/dev/null 2>&1 || . /etc/profile
+module load devel/cuda/12.4 mpi/openmpi/5.0 || exit 1
+set -eu
+export NCCL_SOCKET_IFNAME=ib0
+export GREETING='it'"'"'s $HOME'
+export PYTHONPATH=/work/runs/digits/submission/code${PYTHONPATH:+:$PYTHONPATH}
+
+launch() {
+  local host port
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)i
+  port=$(free_port)
+  exec srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --cpus-per-task=32 --kill-on-bad-exit=1 --mpi=none bash -c \
+    'exec \
+      /home/me/venv/bin/python -m torch.distributed.run \
+      --nnodes=4 --nproc-per-node=4 --rdzv-backend=c10d \
+      --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+      --local-addr="$SLURMD_NODENAME"i \
+      -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml' \
+    agent "$host" "$port"
+}
+
