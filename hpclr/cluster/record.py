@@ -1,0 +1,105 @@
+"""What a run directory knows of its jobs: how they were submitted, and their numbers.
+
+RUN/submission/submission.json    what was asked for; written with the snapshot, and never changed
+RUN/logs/jobs                     a line for each submission, appended: {"time": …, "jobs": ["12"], "by": "submit"}
+"""
+
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hpclr.errors import UsageError
+
+SUBMISSION = "submission"
+_RECORD = "submission.json"
+_JOBS = Path("logs", "jobs")
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for; fields of a later version are passed over.
+
+    Attributes:
+        command: the words of the command line.
+        name: of the run.
+        launcher: srun, torchrun or mpirun.
+        nodes: how many.
+        processes: on each node.
+        chain: how many jobs follow one another; 0: one job, which requeues itself.
+        hpclr: its version.
+        commit: of the repository that the code comes from, if it is one.
+        time: when, in UTC.
+    """
+
+    command: tuple[str, ...]
+    name: str
+    launcher: Literal["srun", "torchrun", "mpirun"]
+    nodes: int
+    processes: int
+    chain: int = 0
+    hpclr: str
+    commit: str | None = None
+    time: str
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """Jobs that were given to Slurm together: those of a chain in their order; "12_3" is an element of an array."""
+
+    time: str
+    jobs: tuple[str, ...]
+    by: Literal["submit", "resume", "sweep"]
+
+
+def read_submission(run: Path) -> Submission | None:
+    """What was asked for; None if the run was never submitted.
+
+    Raises:
+        UsageError: if the record cannot be read.
+    """
+    file = run / SUBMISSION / _RECORD
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Submission)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(
+            f"cannot read {file}: {error}. It is written by `hpclr submit`; submit the run again."
+        ) from None
+
+
+def note_jobs(run: Path, jobs: tuple[str, ...], by: Literal["submit", "resume", "sweep"]) -> None:
+    """Appends the numbers of jobs to the run's list."""
+    line = msgspec.json.encode(Submitted(now(), jobs, by)) + b"\n"
+    descriptor = os.open(run / _JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def submitted(run: Path) -> list[Submitted]:
+    """All submissions of the run, oldest first; a line that is none is passed over."""
+    try:
+        lines = (run / _JOBS).read_bytes().splitlines()
+    except OSError:
+        return []
+    return [entry for line in lines if (entry := _entry(line)) is not None]
+
+
+def jobs_of(run: Path) -> list[str]:
+    """The numbers of all jobs of the run, oldest first."""
+    return [job for entry in submitted(run) for job in entry.jobs]
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _entry(line: bytes) -> Submitted | None:
+    try:
+        return msgspec.json.decode(line, type=Submitted)
+    except msgspec.MsgspecError:
+        return None
