@@ -5,7 +5,7 @@ HEAT   := 1.8.0# its pins refuse the torch of constraints.txt, with which it wor
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-slow check format clean
+.PHONY: help quickstart test test-slow check slurm format clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,16 +24,19 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 quickstart: $(VENV)/run.stamp  ## install, train a small vision transformer on real data, compare with dense
 	@PATH="$(abspath $(BIN)):$$PATH" jobs/quickstart.sh
 
-test: check  ## lint, types and every test that takes seconds
+test: check slurm  ## lint, types and every test that takes seconds
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/dev.stamp  ## the tests that take minutes
+test-slow: $(VENV)/dev.stamp slurm  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 7200
 
 check: $(VENV)/dev.stamp  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+slurm:  ## a real Slurm for the tests, where one may install it: as root on Debian and Ubuntu
+	@tests/slurm/cluster.sh install || echo 'make: without Slurm, the tests that need it are skipped'
 
 format: $(VENV)/dev.stamp  ## put the code in the house's format
 	$(BIN)/ruff format .

@@ -17,12 +17,19 @@ from hpclr.version import __version__
 COMMANDS = {
     "train": ("hpclr.cli.train:train", "Train a run file, or continue where it stopped."),
     "launch": ("hpclr.cli.launch:launch", "Train with several processes on this machine."),
+    "sweep": ("hpclr.cli.sweep:sweep", "Train the runs of a grid or list of values, here or as one job array."),
+    "submit": ("hpclr.cli.submit:submit", "Train a run file as a job of Slurm's, until it is done."),
+    "resume": ("hpclr.cli.resume:resume", "Submit a run again, as it was submitted before."),
+    "status": ("hpclr.cli.status:status", "Show how runs and their jobs are."),
+    "logs": ("hpclr.cli.logs:logs", "Show or follow what a run writes."),
     "stop": ("hpclr.cli.stop:stop", "Ask a run to save and end."),
+    "cancel": ("hpclr.cli.cancel:cancel", "End a run's jobs, also those that wait."),
     "evaluate": ("hpclr.cli.evaluate:evaluate", "Score a checkpoint on a split of the data."),
     "inspect": ("hpclr.cli.inspect:inspect", "Show what a checkpoint holds: step, ranks, spectra, sizes."),
     "verify": ("hpclr.cli.verify:verify", "Check that checkpoints are whole and make sense."),
     "export": ("hpclr.cli.export:export", "Write a checkpoint's weights for other programs."),
     "summary": ("hpclr.cli.summary:summary", "Compare finished runs in a table."),
+    "doctor": ("hpclr.cli.doctor:doctor", "Look at this machine or job: what a run would lack, which node is slow."),
     "data": ("hpclr.cli.data:data", "Prepare and inspect datasets."),
 }
 

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from hpclr.errors import UsageError
+from hpclr.files import write_whole
 
 SUBMISSION = "submission"
 _RECORD = "submission.json"
@@ -29,7 +30,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         processes: on each node.
         chain: how many jobs follow one another; 0: one job, which requeues itself.
         hpclr: its version.
-        commit: of the repository that the code comes from, if it is one.
+        commits: of the repositories that the code comes from, by their directories.
+        container: the image in which it is run, if in one.
         time: when, in UTC.
     """
 
@@ -40,7 +42,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     processes: int
     chain: int = 0
     hpclr: str
-    commit: str | None = None
+    commits: dict[str, str] = {}
+    container: str | None = None
     time: str
 
 
@@ -67,6 +70,11 @@ def read_submission(run: Path) -> Submission | None:
         raise UsageError(
             f"cannot read {file}: {error}. It is written by `hpclr submit`; submit the run again."
         ) from None
+
+
+def write_submission(directory: Path, submission: Submission) -> None:
+    """Writes the record into RUN/submission, or into what is about to become that."""
+    write_whole(directory / _RECORD, msgspec.json.format(msgspec.json.encode(submission), indent=2) + b"\n")
 
 
 def note_jobs(run: Path, jobs: tuple[str, ...], by: Literal["submit", "resume", "sweep"]) -> None:

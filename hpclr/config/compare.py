@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -23,6 +24,9 @@ FREE = {
     "checkpoint": "saving changes nothing that is saved",
     "parallel": "on how many processes and by which way makes rounding errors only",
     "slurm": "a run that leaves earlier or later goes on all the same",
+}
+MOVING = {
+    "model.weights": "a file of the same name elsewhere: it may have moved, and the run has read it when it began",
 }
 GROWING = {
     "train.epochs": "a run may be made longer",
@@ -71,6 +75,8 @@ def _allowed(path: tuple[str, ...], old: Any, new: Any) -> bool:
     key = ".".join(path)
     if key in GROWING:
         return isinstance(old, int) and isinstance(new, int) and new >= old
+    if key in MOVING:
+        return isinstance(old, str) and isinstance(new, str) and PurePath(old).name == PurePath(new).name
     return key in FREE or path[0] in FREE
 
 

@@ -88,7 +88,7 @@ def _resuming() -> Iterator[str]:
     yield from ["## What may change when a run is resumed", ""]
     yield "A run goes on with another value of these keys; a change of any other key is refused, with the list of"
     yield from ["differences.", "", "| key | why |", "|---|---|"]
-    for key, why in {**compare.FREE, **compare.GROWING}.items():
+    for key, why in {**compare.FREE, **compare.MOVING, **compare.GROWING}.items():
         yield f"| `{key}` | {why} |"
     yield ""
 

@@ -59,6 +59,12 @@ class Summary:
         """Stored parameters as a share of the dense ones."""
         return self.stored / self.dense if self.dense else 0.0
 
+    @property
+    def rank_share(self) -> float | None:
+        """Mean over the factored layers of rank to full rank, min(m, n); None if there is none."""
+        shares = [layer.rank / min(layer.shape) for layer in self.layers if layer.converted]
+        return sum(shares) / len(shares) if shares else None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for a metrics file; ranks by layer name."""
         numbers = asdict(self)

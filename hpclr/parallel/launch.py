@@ -30,7 +30,7 @@ from hpclr.parallel.watch.outcome import read_outcome
 
 Launcher = Literal["torchrun", "mpirun"]
 LAUNCHER_LOG = "launcher.log"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # requests to save and leave
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # requests to save and leave
 _POLL = 0.1  # seconds
 _AFTERMATH = 10.0  # seconds that processes have to end after the first has recorded a failure
 _PR_SET_PDEATHSIG = 1

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from hpclr.errors import UsageError
-from hpclr.slurm import script_text
 
 Launcher = Literal["srun", "torchrun", "mpirun"]
-_OWN_VARIABLES = ("RUN", "CHAIN", "PATIENCE", "HPCLR_ATTEMPTS", "HPCLR_LAUNCH", "HPCLR_DEADLINE")
+_SUPERVISE = Path(__file__).with_name("supervise.sh")
+_OWN_VARIABLES = ("RUN", *(f"HPCLR_{name}" for name in ("ATTEMPTS", "CHAIN", "PATIENCE", "LAUNCH", "DEADLINE")))
 _FOR_SBATCH = ("name", "run", "time", "options")
 LOG_STEM = "%j_0_log"  # what slurm-tools' slogs and stui look for
 # The script does not work with other values of these, or says them itself.
@@ -53,7 +53,7 @@ class BatchScript:
         code: a directory of Python code that comes before any other; None: what is installed.
         python: the interpreter, in the container if there is one.
         prefix: what is put before the command of each process: a container's runtime, its options and its image.
-        mpi: srun's `--mpi`.
+        mpi: srun's `--mpi`; None: what the cluster has chosen. The agents of torchrun know nothing of MPI.
         srun_options: further options of srun.
         mpirun: the program.
         mpirun_options: further options of mpirun.
@@ -79,7 +79,7 @@ class BatchScript:
     code: Path | None = None
     python: str = "python"
     prefix: Sequence[str] = ()
-    mpi: str = "none"
+    mpi: str | None = None
     srun_options: Sequence[str] = ()
     mpirun: str = "mpirun"
     mpirun_options: Sequence[str] = ()
@@ -108,7 +108,13 @@ class BatchScript:
             *_environment(self),
             "",
             *_launch(self),
-            script_text.COMMON,
+            "",
+            "# --- From here on all scripts of hpclr are the same.",
+            "",
+            _SUPERVISE.read_text(encoding="utf-8"),
+            'cd "$RUN"',
+            'supervise "$RUN" launch',
+            "",
         ]
         return "\n".join(parts)
 
@@ -149,8 +155,9 @@ def _option(name: str, value: str) -> str:
 def _settings(script: BatchScript) -> Iterator[str]:
     yield f"RUN={shlex.quote(str(script.run))}"
     yield f"HPCLR_ATTEMPTS={script.attempts} # starts that the job may have"
-    yield f"CHAIN={'yes' if script.chain else 'no'} # yes: the next job of a chain goes on; no: this one is requeued"
-    yield f"PATIENCE={script.patience} # seconds for which a requeue is tried"
+    chain = "yes" if script.chain else "no"
+    yield f"HPCLR_CHAIN={chain} # yes: the next job of a chain goes on; no: this one is requeued"
+    yield f"HPCLR_PATIENCE={script.patience} # seconds for which a requeue is tried"
 
 
 def _environment(script: BatchScript) -> Iterator[str]:
@@ -173,7 +180,7 @@ def _launch(script: BatchScript) -> list[str]:
 
 
 def _srun(script: BatchScript) -> list[str]:
-    command = ["exec", *_step(script, script.processes, script.cpus)]
+    command = ["exec", *_step(script, script.processes, script.cpus, script.mpi)]
     return _broken(shlex.join(command), shlex.join(script.prefix), shlex.join(_of_module(script, script.program)))
 
 
@@ -194,7 +201,7 @@ def _torchrun(script: BatchScript) -> list[str]:
     """
     suffix = shlex.quote(script.host_suffix) if script.host_suffix else ""
     agent = _broken(
-        "exec",
+        'trap "" USR1 USR2; exec',  # it knows nothing of these; its processes do
         shlex.join(script.prefix),
         shlex.join(_of_module(script, ["torch.distributed.run"])),
         f"--nnodes={script.nodes} --nproc-per-node={script.processes} --rdzv-backend=c10d",
@@ -202,7 +209,7 @@ def _torchrun(script: BatchScript) -> list[str]:
         f'--local-addr="$SLURMD_NODENAME"{suffix}' if suffix else "",
         shlex.join(["-m", *script.program]),
     )
-    step = shlex.join(["exec", *_step(script, 1, script.cpus * script.processes), "bash", "-c"])
+    step = shlex.join(["exec", *_step(script, 1, script.cpus * script.processes, "none"), "bash", "-c"])
     return [
         "local host port",
         f'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p){suffix}',
@@ -211,11 +218,13 @@ def _torchrun(script: BatchScript) -> list[str]:
     ]
 
 
-def _step(script: BatchScript, tasks: int, cpus: int) -> list[str]:
+def _step(script: BatchScript, tasks: int, cpus: int, mpi: str | None) -> list[str]:
     """srun and its options; it does not take the number of CPUs from the job by itself."""
     return [
         *("srun", f"--nodes={script.nodes}", f"--ntasks={script.nodes * tasks}", f"--ntasks-per-node={tasks}"),
-        *(f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1", f"--mpi={script.mpi}", *script.srun_options),
+        *(f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"),
+        *([] if mpi is None else [f"--mpi={mpi}"]),
+        *script.srun_options,
     ]
 
 

@@ -115,7 +115,7 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
         ema=ema,
         learning_rate=rate,
         total_steps=total,
-        environment=record(job.device, job.threads, job.hosts, job.layout.launcher),
+        environment=record(job.device, job.threads, job.hosts, job.layout.launcher) | {"total_steps": total},
     )
 
 

@@ -173,9 +173,8 @@ class Trainer:
     def _record_check(self) -> None:
         sizes = summarize(self.parts.model, self.parts.optimizer)
         facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
-        self.metrics.append(
-            "check", self.position.step, **(sizes.as_dict() | {"ranks": self.parts.method.ranks} | facts)
-        )
+        facts |= {"ranks": self.parts.method.ranks, "rank_share": sizes.rank_share}
+        self.metrics.append("check", self.position.step, **(sizes.as_dict() | facts))
         reduced = f", reduced a step {sizes.gradient_bytes:,} of {sizes.dense_gradient_bytes:,} bytes"
         self.shown.note(
             f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "

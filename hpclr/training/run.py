@@ -10,6 +10,7 @@ from hpclr.data import Order
 from hpclr.errors import RetryableError, UsageError
 from hpclr.output import say
 from hpclr.parallel.meeting.layout import ALONE, Layout
+from hpclr.parallel.watch.attempt import launch_directory
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.evaluation import malformed_named
 from hpclr.training.job import assembled
@@ -48,7 +49,7 @@ def train(
         continuing = job.group.on_first(lambda: not fresh and bool(CheckpointStore(directory.checkpoints).steps()))
         parts = assemble(run, job, continuing=continuing)
         with parts.dataset, ExitStack() as held:
-            job.group.on_first(lambda: _take(held, directory, run, fresh, break_lock))
+            job.group.on_first(lambda: _take(held, directory, run, fresh, break_lock, stop))
             _train_locked(parts, directory, continuing, stop)
             parts.replica.renew()  # what it holds of the other processes goes before they part
     return directory
@@ -57,10 +58,21 @@ def train(
 def _stop_requests(run: RunFile, directory: RunDirectory, layout: Layout) -> StopRequests:
     """What asks this process to stop; the file and the clock are for the first one."""
     deadline = deadline_of(os.environ)  # on every process: if it is nonsense, none of them waits for the others
-    return StopRequests() if layout.rank else StopRequests(directory.stop_file, deadline, run.slurm.margin)
+    if layout.rank:
+        return StopRequests()
+    return StopRequests(directory.stop_file, deadline, run.slurm.margin, _earlier_request(directory))
 
 
-def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, break_lock: bool) -> None:
+def _earlier_request(directory: RunDirectory) -> Path:
+    """Where the request is that was there before this start: a batch script, which starts sooner, has kept it."""
+    launch = launch_directory()
+    of_script = launch is not None and launch.resolve().parent == (directory.path / "logs").resolve()
+    return launch / directory.stop_file.name if launch is not None and of_script else directory.stop_file
+
+
+def _take(
+    held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, break_lock: bool, stop: StopRequests
+) -> None:
     """Locks the directory, for as long as `held` lasts."""
     if fresh and directory.exists:
         with locked(directory.path, break_lock=break_lock):  # not from under a process that is training in it
@@ -69,7 +81,7 @@ def _take(held: ExitStack, directory: RunDirectory, run: RunFile, fresh: bool, b
     directory.lock = held.enter_context(locked(directory.path, break_lock=break_lock))
     directory.check(run)  # once more: another process may have been here while the parts were made
     with writing(directory.path):
-        directory.stop_file.unlink(missing_ok=True)  # whoever was to stop has done so
+        stop.forget_earlier()  # whoever was to stop has done so
 
 
 def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, stop: StopRequests) -> None:

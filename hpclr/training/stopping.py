@@ -32,20 +32,37 @@ class StopRequests:
         deadline: when the job's time is up, by `time.monotonic()`.
         margin: seconds before that in which the run is to leave; None: two of the longest saves, the longest step and
             a minute.
+        earlier: what of `file` was there before this start, if not what is there now.
 
     Attributes:
         reason: why this process wants to stop, if it does; completes "…: the run is saved".
         agreed: whether all processes know that one of them wants to.
     """
 
-    def __init__(self, file: Path | None = None, deadline: float = math.inf, margin: float | None = None) -> None:
+    def __init__(
+        self,
+        file: Path | None = None,
+        deadline: float = math.inf,
+        margin: float | None = None,
+        earlier: Path | None = None,
+    ) -> None:
         self.reason: str | None = None
         self.agreed = False
         self._file, self._deadline, self._margin = file, deadline, margin
+        self._earlier = _identity(earlier or file)
         self._signalled = False
         self._poll_at = -math.inf
         self._looked_at: float | None = None
         self._longest_step = 0.0
+
+    def forget_earlier(self) -> None:
+        """Removes the request that was there before this start; to be called by whoever holds the run directory.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
+        if self._file is not None and self._earlier is not None and _identity(self._file) == self._earlier:
+            self._file.unlink(missing_ok=True)
 
     def look(self, longest_save: float = 0.0) -> bool:
         """Whether this process wants to stop; to be called before the first step and whenever processes may agree.
@@ -112,6 +129,15 @@ def deadline_of(environ: Mapping[str, str]) -> float:
             f"since 1970, such as {time.time() + 3600:.0f} for in an hour. Correct it in the batch script, or unset it."
         )
     return time.monotonic() + float(value) - time.time()
+
+
+def _identity(path: Path | None) -> tuple[int, int, int] | None:
+    """What tells a file from one that takes its place; None if there is none."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_dev, found.st_ino, found.st_mtime_ns)
 
 
 def _first_line(path: Path) -> str | None:

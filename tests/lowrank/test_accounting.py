@@ -47,6 +47,7 @@ def test_counts_agree_with_the_models_themselves():
     assert [layer.name for layer in summary.layers] == ["1", "4.q_proj", "4.k_proj", "4.v_proj", "4.out_proj", "5"]
     assert summary.as_dict()["ranks"] == {"1": 2, "4.q_proj": 2, "4.k_proj": 2, "4.v_proj": 2, "4.out_proj": 2}
     assert "layers" not in summary.as_dict()
+    assert summary.rank_share == pytest.approx((4 * 2 / 12 + 2 / 6) / 5)  # k_proj is 12×6
 
 
 def test_bytes_follow_the_type_of_the_numbers():

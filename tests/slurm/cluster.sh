@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of several nodes on one machine, for the tests. Root on Debian or Ubuntu.
 #
-#   cluster.sh install                the packages that it needs
+#   cluster.sh install                the packages that it needs, and those of tests of containers
 #   cluster.sh up DIRECTORY           starts it; stays in the foreground, and all of it ends with this process
 #   cluster.sh kill-node DIRECTORY N      ends all of a node at once, as a power cut would
 #   cluster.sh start-node DIRECTORY N     starts it again
@@ -19,7 +19,7 @@ NODES=4 CPUS=4 MEMORY=4000 GPUS=2 # of each node; not real ones
 NET=10.77.0                       # in the cluster's own network
 CONTROLLER=$NET.254
 # Slurm's plugin for PMIx opens libpmix.so, which only the -dev package has.
-PACKAGES=(slurmctld slurmd slurm-client munge libpmix-dev libpmi2-0 iproute2)
+PACKAGES=(slurmctld slurmd slurm-client munge libpmix-dev libpmi2-0 iproute2 bubblewrap charliecloud-runtime debootstrap)
 COMMANDS=(sbatch squeue scontrol sinfo scancel srun salloc)
 
 die() {
@@ -28,9 +28,15 @@ die() {
 }
 
 install() {
-  local get=(apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}")
+  local apt=(apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1 -o DPkg::Lock::Timeout=120)
+  local wanted=(install -y --no-install-recommends "${PACKAGES[@]}")
+  ! dpkg -s "${PACKAGES[@]}" >/dev/null 2>&1 || return 0
+  command -v apt-get >/dev/null || die "cannot install ${PACKAGES[*]}: this is not Debian or Ubuntu"
+  [ "$(id -u)" = 0 ] || die "cannot install ${PACKAGES[*]}: root can, with 'make slurm'"
+  echo "cluster.sh: installing ${PACKAGES[*]}"
   export DEBIAN_FRONTEND=noninteractive
-  "${get[@]}" >/dev/null || { apt-get -qq update && "${get[@]}" >/dev/null; }
+  "${apt[@]}" "${wanted[@]}" >/dev/null 2>&1 && return
+  "${apt[@]}" update && "${apt[@]}" "${wanted[@]}" >/dev/null || die "apt-get has failed"
 }
 
 configure() {

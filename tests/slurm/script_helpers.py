@@ -40,17 +40,24 @@ class End:
 
 @dataclass
 class Place:
-    """Where scripts run: Slurm's commands are scripts, everything else is real."""
+    """Where scripts run: Slurm's commands are scripts, everything else is real.
+
+    Attributes:
+        path: a directory for all of it.
+        script: what is run,
+        file: unless another one is, in the directory above its own.
+    """
 
     path: Path
     script: BatchScript
+    file: Path | None = None
     squeue: str = "exit 1"
     scontrol: str = "true"
     variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.script = replace(self.script, run=self.path / "a run's $(directory)")
-        for directory in (self.run / "logs", self.run / "checkpoints", self.path / "bin"):
+        for directory in (*(self.run / name for name in ("logs", "checkpoints", "submission")), self.path / "bin"):
             directory.mkdir(parents=True)
         for code in (0, 1, 2, 75, 85):
             (self.path / "outcomes" / str(code)).mkdir(parents=True)
@@ -70,8 +77,9 @@ class Place:
         self.program("squeue", self.squeue)
         self.program("scontrol", f'echo "$@" >>"{self.path}/asked"\n{self.scontrol}')
         (self.path / "asked").write_text("")
-        file = self.path / "job.sh"
-        file.write_text(self.script.text())
+        file = self.file or self.run / "submission" / "job.sh"
+        if self.file is None:
+            file.write_text(self.script.text())
         environment = {
             "PATH": os.pathsep.join([str(self.path / "bin"), os.environ["PATH"]]),
             "RUN": str(self.run),
@@ -82,6 +90,7 @@ class Place:
         }
         return subprocess.Popen(
             ["bash", file],
+            cwd=file.parents[1],
             env=environment | self.variables | variables,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -30,6 +30,8 @@ def chain(place):
         ("attempt 1; exit 85", 1, 0),
         ("attempt 2; exit 1", 2, 0),
         ("attempt ''; exit 1", 1, 0),  # they could not record it
+        ("attempt ''; exit 0", REQUEUED, 1),
+        ("attempt ''; { /bin/sleep 0.1; attempt 2; } & exit 0", 2, 0),  # the launcher was lost, and knows nothing
         ("attempt ''; kill -KILL $$", REQUEUED, 1),
         ('cp "$OUTCOMES/2/exit.json" "$HPCLR_LAUNCH"; exit 1', 2, 0),  # failed before there was an attempt
         ("exit 0", 0, 0),  # nothing was left to do
@@ -115,6 +117,11 @@ def test_a_start_that_was_killed_leaves_nothing_behind(place):
     assert [path.name for path in (place.run / "logs").glob(".launch-*")] == [".launch-70-abcdef"]
 
 
+def test_the_script_is_left_beside_its_logs(place):
+    place.start("exit 0")
+    assert (place.run / "logs" / "7_submission.sh").read_text() == place.script.text()
+
+
 # --- a chain of jobs
 
 FOLLOWER = {"SLURM_JOB_DEPENDENCY": "afternotok:6(unfulfilled)"}
@@ -149,7 +156,7 @@ def test_a_chain_ends_without_progress(place):
 # --- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_becomes_a_request(number, place):
     end = place.signalled("until_stop; checkpoint 1; attempt 85; exit 1", number)
     assert (end.code, end.requeues) == (REQUEUED, 1), end.said
@@ -167,8 +174,41 @@ def test_many_signals_do_not_confuse_it(ends, code, place):
 def test_a_request_that_is_there_already_stays(place):
     ends = 'touch "$RUN/running"; echo end by mia >"$RUN/STOP"; /bin/sleep 0.3; attempt 85; exit 1'
     end = place.signalled(ends, signal.SIGUSR1)
-    assert (end.code, place.stop_file()) == (0, "end by mia\n")
+    assert (end.code, end.requeues) == (0, 0)
     assert not list(place.run.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("old", ["end by mia\n", "requeue preempted\n"])
+def test_a_request_from_before_is_none(old, place):
+    """Also where the processes do not come so far that they remove it."""
+    for ends in ("attempt 75; exit 1", "sleep 0; exit 85"):
+        (place.run / "STOP").write_text(old)
+        end = place.start(ends)
+        assert (end.code, end.requeues) == (REQUEUED, 1), end.said
+
+
+def test_a_signal_becomes_a_request_though_there_is_an_old_one(place):
+    (place.run / "STOP").write_text("end by mia\n")
+    end = place.signalled(
+        'touch "$RUN/running"; until grep -q USR1 "$RUN/STOP"; do sleep 0; done; exit 85', signal.SIGUSR1
+    )
+    assert (end.code, end.requeues, place.stop_file()) == (REQUEUED, 1, "requeue signal USR1 from Slurm\n")
+
+
+def test_a_request_that_was_obeyed_is_gone(place):
+    assert place.start('echo end by mia >"$RUN/STOP"; attempt 85; exit 1').code == 0
+    assert place.stop_file() is None
+
+
+@pytest.mark.parametrize(("request_", "starts"), [("end by mia\n", False), ("requeue preempted\n", True)])
+def test_a_job_that_was_asked_to_end_and_lost_its_node_ends(request_, starts, place):
+    """Slurm has requeued it, without a word from the script."""
+    place.start("checkpoint 5; exit 85")
+    (place.run / "STOP").write_text(request_)
+    end = place.start('touch "$RUN/started"; exit 0', restart=1)
+    assert (end.code, (place.run / "started").exists()) == (0, starts)
+    assert ("saved at step 5, and not started again" in end.said) == (not starts)
+    assert (place.stop_file() is None) == (not starts)
 
 
 def test_what_ends_a_job_that_was_requeued_is_no_request_to_the_next_start(place):

@@ -191,6 +191,7 @@ def test_modules_are_loaded_before_the_environment_is_set(tmp_path):
         ({"prefix": ["a\rb"]}, "prefix"),
         ({"environment": {"A B": "x"}}, "the name of a variable, found 'A B'"),
         ({"environment": {"RUN": "x"}}, "RUN is a variable of the batch script"),
+        ({"environment": {"HPCLR_CHAIN": "x"}}, "HPCLR_CHAIN is a variable of the batch script"),
         ({"environment": {"SLURM_NTASKS": "x"}}, "or of Slurm"),
         ({"environment": {"A": "\0"}}, "environment: A"),
         ({"time": "1:00\n#"}, "time"),

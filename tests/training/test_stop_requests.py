@@ -24,6 +24,7 @@ from hpclr.checkpoint import CheckpointStore
 from hpclr.cluster.control import request_stop
 from hpclr.parallel.watch.heartbeat import read_heartbeat
 from hpclr.training import stopping
+from hpclr.training.assembly import assemble
 from hpclr.training.stopping import StopRequests
 
 STEPS = 12  # checks after 3, 6 (the conversion) and 9; validations after 4, 8 and 12
@@ -175,6 +176,41 @@ def test_a_file_left_from_before_stops_nothing(steered):
         assert steered.bench.train(**steered.sections(steps)) == steered.bench.run
         assert not steered.stop_file.exists()
     assert [record["step"] for record in records(steered.bench.run, "train")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_request_counts_that_is_made_while_the_run_starts(old, steered, monkeypatch):
+    reference = steered.reference()
+    steered.bench.run.mkdir(parents=True)
+    if old:
+        steered.ask("requeue preempted\n")
+
+    def asked_meanwhile(*arguments, **options):
+        request_stop(steered.bench.run, "end", "by mia")
+        return assemble(*arguments, **options)
+
+    with monkeypatch.context() as changed:
+        changed.setattr("hpclr.training.run.assemble", asked_meanwhile)
+        done = steered.train()
+    assert done.code == 85
+    assert "STOP (end: by mia): nothing was trained" in done.err
+    assert steered.train().code == 0
+    assert_same_run(reference, steered.bench.run)
+
+
+@pytest.mark.usefixtures("always_looking")
+@pytest.mark.parametrize(("old", "code"), [(True, 0), (False, 85)])
+def test_a_batch_script_knows_which_request_is_old(old, code, steered, monkeypatch):
+    """It has started before the processes, and keeps what was there already."""
+    launch = steered.bench.run / "logs" / ".launch-7-abcdef"
+    launch.mkdir(parents=True)
+    monkeypatch.setenv("HPCLR_LAUNCH", os.path.relpath(launch))
+    steered.ask()
+    if old:
+        (launch / "STOP").hardlink_to(steered.stop_file)
+    file = steered.bench.write(train={"steps": 3})
+    assert hpclr("train", file).code == code
+    assert steered.stop_file.exists() == (not old)
 
 
 @pytest.mark.parametrize(
@@ -404,10 +440,11 @@ def test_the_clock_of_the_first_process_counts_for_all(team):
     assert other.ended() == [0, 0], other.console
 
 
-def test_a_signal_to_another_process_is_named(team):
-    started = team.srun(2, model=own_model(team.bench), variables={"TROUBLE": "SIGHUP:1:2"})
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_to_another_process_is_named(name, team):
+    started = team.srun(2, model=own_model(team.bench), variables={"TROUBLE": f"{name}:1:2"})
     assert started.ended() == [85, 85], started.console
-    message = "SIGHUP received: the run is saved at step 3 of 13; the same command continues it"
+    message = f"{name} received: the run is saved at step 3 of 13; the same command continues it"
     assert started.outcome()["message"] == message
     assert last_words(started, 2) == [(3, message)] * 2
 

@@ -15,8 +15,8 @@ set -euo pipefail
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
-CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
-PATIENCE=120 # seconds for which a requeue is tried
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 
 # Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
 export SLURM_EXPORT_ENV=ALL

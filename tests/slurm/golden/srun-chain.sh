@@ -15,14 +15,14 @@ set -euo pipefail
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
-CHAIN=yes # yes: the next job of a chain goes on; no: this one is requeued
-PATIENCE=120 # seconds for which a requeue is tried
+HPCLR_CHAIN=yes # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 
 # Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
 export SLURM_EXPORT_ENV=ALL
 
 launch() {
-  exec srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 --mpi=none \
+  exec srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 \
     python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
 }
 

@@ -15,31 +15,97 @@ set -euo pipefail
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
-CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
-PATIENCE=120 # seconds for which a requeue is tried
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 
 # Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
 export SLURM_EXPORT_ENV=ALL
 
 launch() {
-  exec srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 --mpi=none \
+  exec srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 \
     python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
 }
 
 # --- From here on all scripts of hpclr are the same.
 
+# What all batch scripts of hpclr do around the processes of a run. `hpclr submit` writes these lines into its scripts,
+# and those of jobs/ read them from this file.
+#
+#   supervise RUN LAUNCHER [WORD …]
+#
+# starts the launcher in the background, so that bash hears Slurm's warnings; lets the run in the directory RUN, which
+# is absolute, save before the job ends; and requeues the job until the run is done, fails, or gets no further. It does
+# not return. Three variables may be set before:
+#
+#   HPCLR_ATTEMPTS=20     starts that the job may have
+#   HPCLR_CHAIN=no        yes: the job is not requeued but ends with 85, and the next of a chain of jobs goes on
+#   HPCLR_PATIENCE=120    seconds for which a requeue is tried
+
+supervise() {
+  local signal
+  RUN=$1 HPCLR_ATTEMPTS=${HPCLR_ATTEMPTS:-20} HPCLR_CHAIN=${HPCLR_CHAIN:-no} HPCLR_PATIENCE=${HPCLR_PATIENCE:-120}
+  shift
+  trap 'rm -rf "${HPCLR_LAUNCH:-}"' EXIT
+  begin
+  for signal in USR1 USR2 TERM; do trap "asked=yes; stop $signal" "$signal"; done
+  HPCLR_DEADLINE=$(deadline)
+  export HPCLR_LAUNCH HPCLR_DEADLINE
+  [ -n "$HPCLR_DEADLINE" ] || unset HPCLR_DEADLINE
+  "$@" &
+  # A signal to this script ends `wait`, not the launcher.
+  while asked=no code=0; do
+    wait $! || code=$?
+    [ "$asked" = yes ] || break
+  done
+  trap '' USR1 USR2 TERM
+  code=$(outcome "$code")
+  case $code in
+    0) over 0 ;;
+    75 | 85) go_on "$code" ;;
+    *) over "$code" ;;
+  esac
+}
+
 say() { printf 'hpclr: %s\n' "$*" >&2; }
+
+# Prepares a start, unless there is to be none.
+# logs/progress has a line for each since the job, or its chain, first started: job, restart, step it began with.
+begin() {
+  local restart=${SLURM_RESTART_COUNT:-0} follows=no last
+  mkdir -p "$RUN/logs"
+  cp "$0" "$RUN/logs/${SLURM_JOB_ID}_submission.sh" 2>/dev/null || true # slurm-tools look for it
+  rm -rf "$RUN/logs/.launch-$SLURM_JOB_ID-"* # of a start that was killed
+  [[ $HPCLR_CHAIN == no || ${SLURM_JOB_DEPENDENCY:-} != *afternotok:* ]] || follows=yes
+  if [[ $restart == 0 && $follows == no ]]; then : >"$RUN/logs/progress"; fi
+  touch "$RUN/logs/progress"
+  last=$(tail -n 1 "$RUN/logs/progress")
+  if [[ $follows == yes && $last == over\ * ]]; then
+    say "an earlier job of this chain has ended it with exit code ${last#over }: nothing is left to do"
+    exit "${last#over }"
+  fi
+  first_step=$(newest_step)
+  if [[ -n $last && $(request) == end ]]; then obeyed 'not started again'; fi
+  earlier_step=$(sed -n 's/^[0-9]* [0-9]* \([0-9]*\)$/\1/p' "$RUN/logs/progress" | tail -n 1)
+  echo "$SLURM_JOB_ID $restart $first_step" >>"$RUN/logs/progress"
+  # Where the processes say which attempt this is, or that they have failed before there was one.
+  HPCLR_LAUNCH=$(mktemp -d "$RUN/logs/.launch-$SLURM_JOB_ID-XXXXXX")
+  [ ! -e "$RUN/STOP" ] || ln "$RUN/STOP" "$HPCLR_LAUNCH/STOP" || true # by which an old request is known
+}
 
 # Asks the run to save and to end, unless it has been asked already; it looks for the file.
 stop() {
   local new=$RUN/.tmp-STOP-$SLURM_JOB_ID
   say "signal $1: the run is asked to save"
+  ! is_old || rm -f "$RUN/STOP"
   printf 'requeue signal %s from Slurm\n' "$1" >"$new" && mv -n "$new" "$RUN/STOP" || true
   rm -f "$new"
 }
 
-# How the run was asked to end: requeue, end, or nothing.
-request() { sed -n '1{s/ .*//;p;q}' "$RUN/STOP" 2>/dev/null || true; }
+# How the run was asked to end since this start: requeue, end, or nothing.
+request() { is_old || sed -n '1{s/ .*//;p;q}' "$RUN/STOP" 2>/dev/null || true; }
+
+# A request from before this start is none to it. The run removes it once it has the directory for itself.
+is_old() { [ "$RUN/STOP" -ef "${HPCLR_LAUNCH:-}/STOP" ]; }
 
 # When Slurm will end the job, in seconds since 1970; nothing if it does not say. Older ones have no such variable.
 deadline() {
@@ -57,7 +123,8 @@ ask() {
     sed -n "s/^$SLURM_JOB_ID //p"
 }
 
-# A job that has been cancelled is still there while it ends, and Slurm would requeue it if asked to.
+# A job that has been cancelled is still there while it ends, and Slurm would requeue it if asked to; one that somebody
+# has requeued looks the same, and needs nobody to ask.
 cancelled() {
   local state
   state=$(ask '%T %r') || return 1
@@ -74,14 +141,17 @@ newest_step() {
   echo "$newest"
 }
 
-# How the attempt ended, as its processes have recorded it: launchers change exit codes. Else what the launcher said.
+# How the attempt ended, as its processes have recorded it: launchers change exit codes. Else what the launcher said, but
+# that all went well. Processes may outlive a launcher, which for some failures says that.
 outcome() {
-  local place=$HPCLR_LAUNCH code
-  if [ -s "$place/attempt" ]; then place=$RUN/logs/$(sed 's/.*\///' "$place/attempt"); fi
-  code=$(sed -n 's/^  "code": \([0-9]\{1,3\}\),\{0,1\}$/\1/p' "$place/exit.json" 2>/dev/null) || true
-  if [ -z "$code" ]; then code=$1; fi
+  local place=$HPCLR_LAUNCH code=$1 patience=20
+  if [ -s "$place/attempt" ]; then
+    place=$RUN/logs/$(sed 's/.*\///' "$place/attempt")
+    until [ -s "$place/exit.json" ] || ((patience-- == 0)); do sleep 1; done
+    if [ "$code" = 0 ]; then code=75; fi
+  fi
   if ((code > 128)); then code=75; fi # killed
-  echo "$code"
+  sed -n 's/^  "code": \([0-9]\{1,3\}\),\{0,1\}$/\1/p' "$place/exit.json" 2>/dev/null | grep . || echo "$code"
 }
 
 # A port of this node, the first of the job, on which nobody listens; those from 32768 on are given away by Linux.
@@ -91,90 +161,67 @@ free_port() {
   echo "$port"
 }
 
-# logs/progress has a line for each start since the job, or its chain, first started: job, restart, step it began with.
-begin() {
-  local restart=${SLURM_RESTART_COUNT:-0} follows=no last
-  rm -rf "$RUN/logs/.launch-$SLURM_JOB_ID-"* # of a start that was killed
-  [[ $CHAIN == no || ${SLURM_JOB_DEPENDENCY:-} != *afternotok:* ]] || follows=yes
-  if [[ $restart == 0 && $follows == no ]]; then : >"$RUN/logs/progress"; fi
-  touch "$RUN/logs/progress"
-  last=$(tail -n 1 "$RUN/logs/progress")
-  if [[ $follows == yes && $last == over\ * ]]; then
-    say "an earlier job of this chain has ended it with exit code ${last#over }: nothing is left to do"
-    exit "${last#over }"
-  fi
-  earlier_step=$(sed -n 's/^[0-9]* [0-9]* \([0-9]*\)$/\1/p' "$RUN/logs/progress" | tail -n 1)
-  first_step=$(newest_step)
-  echo "$SLURM_JOB_ID $restart $first_step" >>"$RUN/logs/progress"
-}
-
 # Ends the job for good; the jobs of a chain that come after it will know.
 over() {
-  if [ "$CHAIN" = yes ]; then echo "over $1" >>"$RUN/logs/progress"; fi
+  if [ "$HPCLR_CHAIN" = yes ]; then echo "over $1" >>"$RUN/logs/progress"; fi
   exit "$1"
+}
+
+# Ends a job that was asked to end.
+obeyed() {
+  rm -f "$RUN/STOP"
+  say "saved at step $(newest_step), and $1 as it was asked to. $(again)"
+  over 0
+}
+
+# What a person does to have the run go on.
+again() {
+  if [ -e "$RUN/submission/job.sh" ]; then
+    printf 'To go on: sbatch %q' "$RUN/submission/job.sh"
+  else
+    printf 'To go on: submit the same script again'
+  fi
 }
 
 # The run can go on. Should it, by itself?
 go_on() {
-  local code=$1 step again
+  local code=$1 step
   step=$(newest_step)
-  printf -v again 'To go on: sbatch %q' "$RUN/submission/job.sh"
   if [[ $(request) == end && $code == 85 ]]; then
-    say "saved at step $step, and ended as it was asked to. $again"
-    over 0
+    obeyed ended
   elif [ "$(request)" = end ]; then
-    say "it was asked to end, but has failed (exit code $code) before it could save; it was saved at step $step. $again"
+    say "asked to end, but failed (exit code $code) before it could save; it was saved at step $step. $(again)"
     over "$code"
   elif cancelled; then
-    say "the job was cancelled, and is not requeued; it was saved at step $step. $again"
+    say "Slurm ends the job, which somebody has cancelled or requeued; saved at step $step. If cancelled: $(again)"
     exit "$code"
   elif ((${SLURM_RESTART_COUNT:-0} + 1 >= HPCLR_ATTEMPTS)); then
-    say "the last of $HPCLR_ATTEMPTS starts has ended (exit code $code); it was saved at step $step. $again"
+    say "the last of $HPCLR_ATTEMPTS starts has ended (exit code $code); it was saved at step $step. $(again)"
     over 1
   elif [ -n "$earlier_step" ] && ((step <= first_step && first_step <= earlier_step)); then
-    say "two starts in a row have not come beyond step $step (exit code $code); $RUN/logs may tell why. $again"
+    say "two starts in a row have not come beyond step $step (exit code $code); $RUN/logs may tell why. $(again)"
     over 1
-  elif [ "$CHAIN" = yes ]; then
-    say "exit code $code at step $step: the next job of the chain goes on. If this was the last one: $again"
+  elif [ "$HPCLR_CHAIN" = yes ]; then
+    say "exit code $code at step $step: the next job of the chain goes on. If this was the last one: $(again)"
     exit 85
   fi
-  say "exit code $code at step $step: requeueing job $SLURM_JOB_ID"
+  say "exit code $code at step $step: requeueing job $(self)"
   requeue && exit 85
-  say "Slurm did not requeue the job in $PATIENCE seconds. To go on: scontrol requeue $SLURM_JOB_ID. $again"
+  say "Slurm did not requeue the job in $HPCLR_PATIENCE seconds. To go on: scontrol requeue $(self). $(again)"
   exit 1
 }
 
+# This job and no other: the number of an array's last element is also that of the whole array.
+self() { echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
+
 # Slurm's controller may be away for a while.
 requeue() {
-  local end=$((SECONDS + PATIENCE))
-  until timeout 60 scontrol requeue "$SLURM_JOB_ID"; do
+  local end=$((SECONDS + HPCLR_PATIENCE))
+  until timeout 60 scontrol requeue "$(self)"; do
     ((SECONDS < end)) || return 1
     sleep 5
   done
 }
 
-trap 'asked=yes; stop USR1' USR1
-trap 'asked=yes; stop TERM' TERM
-trap 'rm -rf "${HPCLR_LAUNCH:-}"' EXIT
-
 cd "$RUN"
-begin
-# Where the processes say which attempt this is, or that they have failed before there was one.
-HPCLR_LAUNCH=$(mktemp -d "$RUN/logs/.launch-$SLURM_JOB_ID-XXXXXX")
-HPCLR_DEADLINE=$(deadline)
-export HPCLR_LAUNCH HPCLR_DEADLINE
-[ -n "$HPCLR_DEADLINE" ] || unset HPCLR_DEADLINE
-
-launch &
-# A signal to this script ends `wait`, not the launcher.
-while asked=no code=0; do
-  wait $! || code=$?
-  [ "$asked" = yes ] || break
-done
-trap '' USR1 TERM
-code=$(outcome "$code")
-case $code in
-  0) over 0 ;;
-  75 | 85) go_on "$code" ;;
-  *) over "$code" ;;
-esac
+supervise "$RUN" launch

@@ -15,8 +15,8 @@ set -euo pipefail
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
-CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
-PATIENCE=120 # seconds for which a requeue is tried
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 
 # Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
 export SLURM_EXPORT_ENV=ALL
@@ -26,7 +26,7 @@ launch() {
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
   port=$(free_port)
   exec srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=1 --mpi=none bash -c \
-    'exec \
+    'trap "" USR1 USR2; exec \
       apptainer exec --nv --bind /scratch/me '"'"'/images/hpclr 0.1.sif'"'"' \
       python -m torch.distributed.run \
       --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d \

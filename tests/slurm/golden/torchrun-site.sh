@@ -20,8 +20,8 @@ set -euo pipefail
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
-CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
-PATIENCE=120 # seconds for which a requeue is tried
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 
 # Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
 export SLURM_EXPORT_ENV=ALL
@@ -38,7 +38,7 @@ launch() {
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)i
   port=$(free_port)
   exec srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --cpus-per-task=32 --kill-on-bad-exit=1 --mpi=none bash -c \
-    'exec \
+    'trap "" USR1 USR2; exec \
       /home/me/venv/bin/python -m torch.distributed.run \
       --nnodes=4 --nproc-per-node=4 --rdzv-backend=c10d \
       --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \

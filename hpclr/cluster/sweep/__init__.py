@@ -1,0 +1,1 @@
+"""Many runs that differ in a few keys: told apart, trained here or as one job array, and compared."""

@@ -1,0 +1,182 @@
+"""The runs of a sweep on this machine, a few at a time, each a process of its own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from hpclr.cluster.sweep.points import Point
+from hpclr.config import dump
+from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE
+from hpclr.files import write_whole
+from hpclr.output import printable, say
+from hpclr.parallel.launch import SIGNALS, visible_gpus
+from hpclr.training.run_directory import writing
+
+LOG = Path("logs", "local.log")
+_POLL = 0.1  # seconds
+_BETTER_FIRST = (0, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, EXIT_ERROR)
+
+
+def train_here(
+    points: Sequence[Point], runs: Path, directory: Path, at_once: int, show: Callable[[int, int], None]
+) -> int:
+    """Trains runs, or continues them; one that fails does not hold up the others.
+
+    The signals INT, TERM and HUP let those that are under way save and end, and no other is started; a second Ctrl-C
+    ends them at once.
+
+    Args:
+        points: the runs.
+        runs: the directory that holds them.
+        directory: takes their run files, as they are now.
+        at_once: how many train at the same time.
+        show: is told how many have ended, of how many.
+
+    Returns:
+        The worst of their exit codes; 85 if some were not started or only saved, and none has failed.
+    """
+    waiting = [(point, _run_file(point, directory)) for point in points]
+    show(0, len(points))
+    with _Processes(runs, at_once).listening() as processes:
+        while waiting or processes.running:
+            while waiting and processes.has_room:
+                processes.start(*waiting.pop(0))
+            if processes.stopping:
+                waiting.clear()
+            time.sleep(_POLL)
+            if processes.reap():
+                show(len(processes.codes), len(points))
+    codes = processes.codes + [EXIT_REQUEUE] * (len(points) - len(processes.codes))
+    return max(codes, key=_BETTER_FIRST.index, default=0)
+
+
+def _run_file(point: Point, directory: Path) -> Path:
+    """Written down, so that the last run to start is of the same sweep as the first."""
+    file = directory / f"{point.name}.yaml"
+    with writing(directory):
+        write_whole(file, dump(point.run).encode())
+    return file
+
+
+class _Processes:
+    """The processes of runs.
+
+    Attributes:
+        codes: exit codes of those that have ended.
+        stopping: whether somebody has asked to stop.
+    """
+
+    def __init__(self, runs: Path, at_once: int) -> None:
+        self.codes: list[int] = []
+        self.stopping = False
+        self._hurries = False
+        self._runs, self._at_once = runs, at_once
+        self._running: dict[int, tuple[Point, subprocess.Popen[bytes]]] = {}  # by the place that each has
+
+    @property
+    def running(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def has_room(self) -> bool:
+        return not self.stopping and len(self._running) < self._at_once
+
+    def start(self, point: Point, file: Path) -> None:
+        """Starts a run in the first place that is free."""
+        place = next(place for place in range(self._at_once) if place not in self._running)
+        with writing(self._runs / point.name):
+            (self._runs / point.name / LOG).parent.mkdir(parents=True, exist_ok=True)
+            log = (self._runs / point.name / LOG).open("ab")
+        with log:
+            process = subprocess.Popen(  # noqa: S603
+                [*_command(self._runs, file), *self._overrides(point)],
+                env=os.environ | _gpu(place),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches this process only, which asks the others to save
+            )
+        self._running[place] = (point, process)
+        if self.stopping:  # asked meanwhile
+            process.send_signal(signal.SIGTERM)
+
+    def _overrides(self, point: Point) -> list[str]:
+        """Each process is alone, also in an allocation of many; those side by side share the cores."""
+        if point.run.train.threads != "auto" or self._at_once == 1:
+            return ["parallel.launcher=single"]
+        return ["parallel.launcher=single", f"train.threads={max(1, len(os.sched_getaffinity(0)) // self._at_once)}"]
+
+    def reap(self) -> bool:
+        """Takes note of those that have ended; returns whether there were any."""
+        before = len(self.codes)
+        for place, (point, process) in list(self._running.items()):
+            if process.poll() is not None:
+                del self._running[place]
+                self.codes.append(self._ended(point, process.returncode))
+        return len(self.codes) > before
+
+    def _ended(self, point: Point, code: int) -> int:
+        if code == -signal.SIGTERM and self.stopping:
+            code = EXIT_REQUEUE  # before it began to train
+        if code in (0, EXIT_REQUEUE):
+            say(f"{point.name}: {'finished' if code == 0 else 'stopped'}")
+            return code
+        how = f"failed (exit code {code})" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        log = self._runs / point.name / LOG
+        say(printable(f"{point.name}: {how}: {_last_line(log)} [{log}]"))
+        code = EXIT_RETRY if code < 0 else code
+        return code if code in _BETTER_FIRST else EXIT_ERROR
+
+    @contextmanager
+    def listening(self) -> Iterator["_Processes"]:
+        """Passes requests to stop on to the processes; leaves none behind."""
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number, handler in previous.items():
+                if handler != signal.SIG_IGN:  # nohup
+                    signal.signal(number, self._take)
+            yield self
+        finally:
+            for _, process in self._running.values():
+                process.send_signal(signal.SIGKILL if self._hurries else signal.SIGTERM)
+            for _, process in self._running.values():
+                process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping and number == signal.SIGINT:
+            self._hurries = True
+            raise KeyboardInterrupt
+        self.stopping = True
+        for _, process in list(self._running.values()):
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
+
+def _command(runs: Path, file: Path) -> list[str]:
+    return [sys.executable, "-m", "hpclr", "train", "--runs-dir", str(runs), "--", str(file)]
+
+
+def _gpu(place: int) -> dict[str, str]:
+    """The GPUs are dealt out to the places."""
+    count = visible_gpus()
+    if not count:
+        return {}
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = map(str, range(count)) if named is None else map(str.strip, named.split(","))
+    return {"CUDA_VISIBLE_DEVICES": [device for device in devices if device not in ("", "-1")][place % count]}
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it has said nothing"

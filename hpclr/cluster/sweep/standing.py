@@ -1,0 +1,135 @@
+"""How far the runs of a sweep have come, and which runs it once had that it has no longer."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpclr.cluster.status import Status, runs_in, statuses
+from hpclr.cluster.sweep.points import Point, Sweep
+from hpclr.config import RunFile, load_run_file
+from hpclr.errors import UsageError
+from hpclr.files import write_whole
+from hpclr.training.run_directory import RunDirectory, writing
+
+_RECORD = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come.
+
+    Attributes:
+        words: what it does, for a person.
+        waits: whether it is to be started: it is not finished, and nobody is at it.
+        step: the last that is saved; of a finished run the last of all.
+        summary: what a finished run has come to.
+    """
+
+    words: str
+    waits: bool
+    step: int
+    summary: Mapping[str, Any] | None = None
+
+
+def directory_of(sweep: Sweep, runs: Path) -> Path:
+    """Where a sweep keeps what belongs to no run: `runs/NAME.sweep`."""
+    return runs / f"{sweep.name}.sweep"
+
+
+def standings(points: Sequence[Point], runs: Path) -> dict[str, Standing]:
+    """How far each run has come, by its name; Slurm is asked once.
+
+    Raises:
+        UsageError: if a run cannot be started, since its directory holds something else; names all of them.
+    """
+    _check_places(points, runs)
+    finished = {point.name: _finished(point, runs) for point in points}
+    others = _of_others([runs / name for name, found in finished.items() if found is None], set(runs_in(runs)))
+    return {name: found or others[runs / name] for name, found in finished.items()}
+
+
+def plan(sweep: Sweep, standing: Mapping[str, Standing], runs: Path) -> str:
+    """What would be started, run by run, and what there is besides."""
+    width = max(map(len, standing))
+    lines = [
+        f"{name:{width}}  {found.words}{'' if found.waits else ' (is left alone)'}" for name, found in standing.items()
+    ]
+    count = sum(found.waits for found in standing.values())
+    lines.append(f"{sweep.name}: {len(standing)} runs in {runs}, of which {count} are to be started")
+    if others := strangers(sweep, runs):
+        lines.append(f"no longer of this sweep, and left as they are: {', '.join(others)}")
+    return "\n".join(lines)
+
+
+def strangers(sweep: Sweep, runs: Path) -> list[str]:
+    """The runs that the sweep had when it was started before, and does not have now, but that are still there."""
+    mine = {point.name for point in sweep.points}
+    return [name for name in _recorded(sweep, runs) if name not in mine and (runs / name).is_dir()]
+
+
+def remember(sweep: Sweep, runs: Path) -> Path:
+    """Writes down which runs the sweep has; returns the directory where that is.
+
+    Raises:
+        HpclrError: as `writing`.
+    """
+    directory = directory_of(sweep, runs)
+    names = {**_recorded(sweep, runs), **{point.name: dict(point.values) for point in sweep.points}}
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / _RECORD, msgspec.json.format(msgspec.json.encode(names), indent=2) + b"\n")
+    return directory
+
+
+def _recorded(sweep: Sweep, runs: Path) -> dict[str, dict[str, Any]]:
+    file = directory_of(sweep, runs) / _RECORD
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, dict[str, Any]])
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {file}: {error}. It says which runs the sweep has had; remove it, and runs that no longer "
+            "belong to the sweep are not named any more."
+        ) from None
+
+
+def _check_places(points: Sequence[Point], runs: Path) -> None:
+    faults = []
+    for point in points:
+        try:
+            RunDirectory(runs / point.name).check(point.run)
+        except UsageError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("\n".join(faults))
+
+
+def _of_others(unfinished: Sequence[Path], there: Container[Path]) -> dict[Path, Standing]:
+    known = {status.run: status for status in statuses([run for run in unfinished if run in there])}
+    return {run: _standing(known[run]) if run in known else Standing("new", waits=True, step=0) for run in unfinished}
+
+
+def _standing(status: Status) -> Standing:
+    progress = status.progress
+    step = progress.saved_step or 0
+    words = status.summary if not progress.finished or status.live else f"stopped (at step {step})"  # to be longer now
+    return Standing(words, waits=not status.live, step=step)
+
+
+def _finished(point: Point, runs: Path) -> Standing | None:
+    """What a run has come to; None if it is not finished, or is to be longer now."""
+    directory = RunDirectory(runs / point.name)
+    if not (directory.exists and directory.summary.exists()):
+        return None
+    if _length(load_run_file(directory.run_file)) != _length(point.run):
+        return None
+    summary = msgspec.json.decode(directory.summary.read_bytes(), type=dict[str, Any])
+    return Standing("finished", waits=False, step=summary["steps"], summary=summary)
+
+
+def _length(run: RunFile) -> tuple[int | None, int | None, int | None]:
+    return run.train.steps, run.train.epochs, run.validation.patience

@@ -1,0 +1,39 @@
+#!/bin/bash
+# A run of hpclr on 2 nodes with 4 processes each, started by mpirun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=run
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=4
+#SBATCH --time=08:00:00
+#SBATCH --partition=gpu
+#SBATCH --account=me
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/run/logs/%j_0_log.out
+#SBATCH --error=/home/me/runs/run/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/home/me/runs/run
+HPCLR_ATTEMPTS=20 # starts that the job may have
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+set +eu # sites do not write these for it
+type module >/dev/null 2>&1 || . /etc/profile
+module load GCC/13.3.0 CUDA || exit 1
+set -eu
+export PYTHONUNBUFFERED=1
+export NCCL_DEBUG=WARN
+export PYTHONPATH=/home/me/runs/run/submission/code${PYTHONPATH:+:$PYTHONPATH}
+
+launch() {
+  exec mpirun -n 8 --map-by ppr:4:node --bind-to core \
+    /home/me/venv/bin/python -m hpclr train --runs-dir /home/me/runs /home/me/runs/run/submission/run.yaml
+}
+

@@ -1,0 +1,48 @@
+#!/bin/bash
+# A run of hpclr on 2 nodes with 4 processes each, started by torchrun.
+# `sbatch` this file, and the run begins, or goes on where it is.
+#SBATCH --job-name=run
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --gpus-per-node=4
+#SBATCH --time=08:00:00
+#SBATCH --partition=gpu
+#SBATCH --account=me
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/run/logs/%j_0_log.out
+#SBATCH --error=/home/me/runs/run/logs/%j_0_log.err
+#SBATCH --export=NONE
+set -euo pipefail
+
+RUN=/home/me/runs/run
+HPCLR_ATTEMPTS=20 # starts that the job may have
+HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
+HPCLR_PATIENCE=120 # seconds for which a requeue is tried
+
+# Nothing was taken over from the shell of who submitted this, but srun passes on what is set here.
+export SLURM_EXPORT_ENV=ALL
+set +eu # sites do not write these for it
+type module >/dev/null 2>&1 || . /etc/profile
+module load GCC/13.3.0 CUDA || exit 1
+set -eu
+export PYTHONUNBUFFERED=1
+export NCCL_DEBUG=WARN
+export PYTHONPATH=/home/me/runs/run/submission/code${PYTHONPATH:+:$PYTHONPATH}
+
+launch() {
+  local host port
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)-ib
+  port=$(free_port)
+  exec srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 --kill-on-bad-exit=1 --mpi=none --cpu-bind=cores bash -c \
+    'trap "" USR1 USR2; exec \
+      /home/me/venv/bin/python -m torch.distributed.run \
+      --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d \
+      --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+      --local-addr="$SLURMD_NODENAME"-ib \
+      -m hpclr train --runs-dir /home/me/runs /home/me/runs/run/submission/run.yaml' \
+    agent "$host" "$port"
+}
+

@@ -1,0 +1,172 @@
+"""`hpclr sweep`: what it would do, training here, the table."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from sweep_helpers import make_sweeps
+from training_helpers import summary
+
+from hpclr.cluster.sweep import local
+from hpclr.config import dump, load_run_file
+
+GRID = {"optimizer.lr": [0.001, 0.003], "train.seed": [0, 1]}
+LONG = {"train": {"steps": 100_000}}
+
+
+@pytest.fixture
+def sweeps(few_digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("HPCLR_RUNS", raising=False)
+    return make_sweeps(tmp_path, few_digits)
+
+
+def invented(sweeps, name, accuracy, **more):
+    """A run that is finished; its results are made up."""
+    (point,) = [point for point in sweeps.load(grid=GRID).points if point.name == name]
+    directory = sweeps.runs / name
+    directory.mkdir(parents=True)
+    (directory / "run.yaml").write_text(dump(point.run))
+    sizes = {"trainable": 1000, "stored": 4000, "dense": 3122} | more
+    results = {"steps": 13, "seconds": 1.5, "test": {"accuracy": accuracy, "loss": 1 - accuracy}, "sizes": sizes}
+    (directory / "summary.json").write_text(json.dumps(results))
+
+
+def cores():
+    return len(os.sched_getaffinity(0))
+
+
+def rows(done):
+    """The cells of the tables."""
+    lines = [line.strip("│ \n") for line in done.out.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.split("│")] for line in lines]
+
+
+def test_a_plan_starts_nothing(sweeps):
+    done = sweeps.sweep(grid=GRID)
+    assert done.code == 0
+    assert [line.split() for line in done.out.splitlines()[:4]] == [[name, "new"] for name in sweeps.names(grid=GRID)]
+    assert "4 runs in runs, of which 4 are to be started" in done.out
+    assert "Nothing has been started" in done.out
+    assert not sweeps.runs.exists()
+
+
+def test_runs_are_trained_here_and_only_once(sweeps):
+    """One of them fails; what is added to the sweep is trained, what is taken out of it is said to be there still."""
+    parts = {
+        "base": {"train": {"steps": 3, "threads": "auto"}},
+        "grid": {"train.seed": [0, 1]},
+        "list": [{"data.path": "nothing.h5"}],
+    }
+    done = sweeps.sweep("--local", 2, "--csv", "results.csv", **parts)
+    assert done.code == 2
+    assert sweeps.finished() == {"sweep-seed-0", "sweep-seed-1"}
+    assert "sweep-path-nothing.h5: failed (exit code 2): hpclr: nothing.h5: the dataset cannot be opened" in done.err
+    with open("results.csv") as file:
+        table = {row["name"]: row for row in csv.DictReader(file)}
+    found = summary(sweeps.runs / "sweep-seed-1")
+    assert float(table["sweep-seed-1"]["test_accuracy"]) == found["test"]["accuracy"]
+    assert int(table["sweep-seed-1"]["trainable"]) == found["sizes"]["trainable"]
+    assert (table["sweep-seed-1"]["train.seed"], table["sweep-seed-1"]["state"]) == ("1", "finished")
+    assert (table["sweep-path-nothing.h5"]["test_accuracy"], table["sweep-path-nothing.h5"]["state"]) == ("", "new")
+    assert load_run_file(sweeps.runs / "sweep-seed-0" / "run.yaml").train.threads == max(1, cores() // 2)
+    assert "runs/sweep-seed-0\n" in (sweeps.runs / "sweep-seed-0" / "logs" / "local.log").read_text()
+
+    before = {name: (sweeps.runs / name / "summary.json").stat().st_mtime_ns for name in sweeps.finished()}
+    changed = parts | {"grid": {"train.seed": [1, 2]}, "list": []}
+    done = sweeps.sweep("--local", 1, **changed)
+    assert done.code == 0, done.err
+    assert "no longer of this sweep, and left as they are: sweep-seed-0" in done.err
+    assert "3 runs" not in done.err
+    assert sweeps.finished() == {"sweep-seed-0", "sweep-seed-1", "sweep-seed-2"}
+    after = {name: (sweeps.runs / name / "summary.json").stat().st_mtime_ns for name in before}
+    assert after == before
+
+
+def test_a_run_that_is_to_be_longer_is_not_finished(sweeps):
+    invented(sweeps, "sweep-lr-0.001-seed-0", 0.5)
+    done = sweeps.sweep(grid=GRID)
+    assert "4 runs in runs, of which 3 are to be started" in done.out
+    done = sweeps.sweep(grid=GRID, base={"train": {"steps": 14}})
+    assert "4 runs in runs, of which 4 are to be started" in done.out
+
+
+def test_the_gpus_are_dealt_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5,")
+    assert [local._gpu(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["3", "GPU-5", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert local._gpu(0) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_saves_the_runs_and_starts_no_other(number, sweeps):
+    file = sweeps.write(base=LONG, grid={"train.seed": [0, 1, 2]})
+    command = [sys.executable, "-m", "hpclr", "sweep", str(file), "--local", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = [sweeps.runs / f"sweep-seed-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in metrics):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 85, said
+    for seed in (0, 1):
+        assert list((sweeps.runs / f"sweep-seed-{seed}" / "checkpoints").glob("step-*.h5")), said
+        assert f"sweep-seed-{seed}: stopped" in said
+    assert not (sweeps.runs / "sweep-seed-2").exists()
+
+
+def test_a_run_of_another_run_file_is_found_before_anything_starts(sweeps):
+    for name in ("sweep-lr-0.001-seed-0", "sweep-lr-0.003-seed-1"):
+        invented(sweeps, name, 0.5)
+    done = sweeps.sweep("--local", 1, grid=GRID, base={"model": {"name": "mlp", "hidden": [8]}})
+    assert done.code == 2
+    assert done.err.count("holds a run of another run file") == 2
+    assert len(list(sweeps.runs.iterdir())) == 2
+
+
+def test_the_table_has_the_best_first_and_means_over_seeds(sweeps):
+    invented(sweeps, "sweep-lr-0.001-seed-0", 0.5)
+    invented(sweeps, "sweep-lr-0.001-seed-1", 0.7, trainable=2000)
+    invented(sweeps, "sweep-lr-0.003-seed-0", 0.65)
+    done = sweeps.sweep("--table", grid=GRID)
+    assert done.code == 0, done.err
+    runs, means = rows(done)[:4], rows(done)[4:]
+    assert [row[:3] for row in runs] == [
+        ["0.001", "1", "70.00%"], ["0.003", "0", "65.00%"], ["0.001", "0", "50.00%"], ["0.003", "1", "–"],
+    ]  # fmt: skip
+    assert runs[0][3:] == ["13", "1.5", "2,000", "4,000", "3,122", "finished"]
+    assert means[0] == ["0.003", "65.00%", "13", "1.5", "1,000", "4,000", "3,122", "1 of 2"]
+    assert means[1] == ["0.001", "60.00% ± 14.14%", "13", "1.5", "1,500 ± 707", "4,000", "3,122", "2 of 2"]
+
+
+def test_a_table_of_losses_has_the_lowest_first(sweeps):
+    invented(sweeps, "sweep-lr-0.001-seed-0", 0.5)
+    invented(sweeps, "sweep-lr-0.003-seed-0", 0.7)
+    parts = {"base": {"validation": {"metric": "loss"}}, "grid": {"optimizer.lr": [0.001, 0.003], "train.seed": [0]}}
+    done = sweeps.sweep("--table", **parts)
+    assert [row[:3] for row in rows(done)] == [["0.003", "0", "0.3000"], ["0.001", "0", "0.5000"]]
+
+
+def test_a_csv_file_that_cannot_be_written(sweeps):
+    done = sweeps.sweep("--csv", "nowhere/results.csv", grid=GRID)
+    assert (done.code, "cannot write nowhere/results.csv: No such file or directory" in done.err) == (2, True)
+
+
+def test_a_damaged_record_of_earlier_runs(sweeps):
+    (sweeps.runs / "sweep.sweep").mkdir(parents=True)
+    (sweeps.runs / "sweep.sweep" / "sweep.json").write_text("{")
+    done = sweeps.sweep(grid=GRID)
+    assert (done.code, "sweep.json: " in done.err) == (2, True)
+
+
+def test_here_or_as_jobs_but_not_both(sweeps):
+    assert sweeps.sweep("--local", 1, "--submit", grid=GRID).code == 2
