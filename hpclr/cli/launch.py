@@ -33,7 +33,7 @@ def launch(
 ) -> None:
     """Train what RUN_FILE describes as `hpclr train` does, with several processes on this machine.
 
-    Ctrl-C, and the signals TERM and HUP, let the run save and end; a second Ctrl-C ends it at once.
+    Ctrl-C, and the signals TERM, HUP, USR1 and USR2, let the run save and end; a second Ctrl-C ends it at once.
     """
     from hpclr.config import load_run_file
     from hpclr.parallel.launch import launch as start
