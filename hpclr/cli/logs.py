@@ -31,4 +31,11 @@ def logs(run: Path, follow: bool, rank: int, attempt: int | None, job: bool) -> 
 
 
 def _echo(text: str) -> None:
-    click.echo(text, nl=False)
+    from hpclr.errors import RetryableError
+
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:  # who has read enough, such as head
+        raise
+    except OSError as error:
+        raise RetryableError(f"standard output cannot be written: {error.strerror or error}") from error

@@ -14,5 +14,8 @@ def resume(run: Path) -> None:
     """
     from hpclr.cli.submit import report
     from hpclr.cluster.submit import resume as resume_run
+    from hpclr.cluster.submitting import hangups_undo
 
-    report(run, resume_run(run))
+    with hangups_undo():
+        jobs = resume_run(run)
+    report(run, jobs)

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from hpclr.cluster.status import Status
 
 _HEADINGS = ("run", "state", "job", "attempt", "step", "loss", "rank", "trained", "saved", "left", "ends")
-_TROUBLE = ("failed", "killed", "silent")
 
 
 @click.command()
@@ -67,16 +66,16 @@ def _with_zone(when: datetime | None) -> str | None:
 def _show(found: "Sequence[Status]") -> None:
     from rich.cells import cell_len
 
-    from hpclr.output import printable
+    from hpclr.cluster.status import on_one_line
 
-    rows = [_HEADINGS, *([printable(cell) for cell in _cells(status)] for status in found)]
+    rows = [_HEADINGS, *([on_one_line(cell) for cell in _cells(status)] for status in found)]
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     for row in rows:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
     for status in found:
-        if status.state in _TROUBLE and status.progress.outcome is not None:
-            click.echo(printable(f"{status.run}: {status.progress.outcome.message}"))
+        if status.complaint is not None:
+            click.echo(on_one_line(f"{status.run}: {status.complaint}"))
 
 
 def _cells(status: "Status") -> list[str]:

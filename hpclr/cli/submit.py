@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from hpclr.cli.resources import SbatchCommand, command_line, resource_options, resources_of
+from hpclr.errors import UsageError
 from hpclr.output import printable
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ def submit(
     """
     from hpclr.cluster.submit import prepare
     from hpclr.cluster.submit import submit as submit_run
+    from hpclr.cluster.submitting import hangups_undo
     from hpclr.config import load_run_file
     from hpclr.training.run_directory import runs_directory
 
+    _check_attempts(chain)
     run, runs = load_run_file(run_file, overrides), runs_directory(runs_dir)
     prepared = prepare(run, runs, resources_of(asked, chain=chain or 0), command_line())
     if dry_run:
@@ -43,7 +47,18 @@ def submit(
     for finding in prepared.checks:
         if not finding.sure:
             click.echo(printable(f"{finding.what}: {finding.text}"), err=True)
-    report(runs / run.name, submit_run(prepared))
+    with hangups_undo():
+        jobs = submit_run(prepared)
+    report(runs / run.name, jobs)
+
+
+def _check_attempts(chain: int | None) -> None:
+    given = click.get_current_context().get_parameter_source("attempts") == ParameterSource.COMMANDLINE
+    if chain and given:
+        raise UsageError(
+            "--attempts and --chain exclude one another: the jobs of a chain are not requeued, each starts once. Give "
+            "one of them."
+        )
 
 
 def report(run: Path, jobs: Sequence[str]) -> None:
@@ -64,5 +79,8 @@ def _show(prepared: "Prepared") -> None:
     for finding in prepared.checks:
         click.echo(printable(f"{finding.what:10} {finding.text}"), err=True)
     click.echo(prepared.text, nl=False)
-    said = test(prepared) if client.is_installed() else "not asked, there is no sbatch here"
+    try:
+        said = test(prepared) if client.is_installed() else "not asked, there is no sbatch here"
+    except client.SlurmError as error:  # it is stricter than a submission, which may wait for nodes
+        said = f"warning: {error}"
     click.echo(printable(f"{'sbatch':10} {said}"), err=True)

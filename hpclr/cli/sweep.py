@@ -8,6 +8,7 @@ import click
 
 from hpclr.cli.progress import progress_shown
 from hpclr.cli.resources import SbatchCommand, command_line, resource_options, resources_of
+from hpclr.errors import EXIT_REQUEUE, EXIT_RETRY
 from hpclr.output import printable
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def sweep(
         click.echo(plan(found, standing, runs), err=not looks_only)
     if submit and waiting:
         _submit(found, waiting, runs, asked, at_once, dry_run)
-    if local is not None and waiting:
-        code = _train(found, waiting, runs, local)
+    if local is not None:
+        unknown = _unknown([name for name, how in standing.items() if how.unknown])
+        code = _train(found, waiting, runs, local) if waiting else 0
+        code = unknown if unknown and code in (0, EXIT_REQUEUE) else code
     if local is not None or table or csv:
         _show(found, runs, csv)
     elif looks_only and waiting:
@@ -71,6 +74,7 @@ def sweep(
 def _submit(
     sweep: "Sweep", points: "list[Point]", runs: Path, asked: dict[str, Any], at_once: int | None, dry_run: bool
 ) -> None:
+    from hpclr.cluster.submitting import hangups_undo
     from hpclr.cluster.sweep.submission import prepare_array, submit_array
 
     array = prepare_array(sweep, points, runs, resources_of(asked), command_line(), at_once)
@@ -82,7 +86,9 @@ def _submit(
     if dry_run:
         click.echo(array.text, nl=False)
         return
-    click.echo(f"job {submit_array(array, sweep, runs)}")
+    with hangups_undo():
+        job = submit_array(array, sweep, runs)
+    click.echo(f"job {job}")
     click.echo(f"logs in the directories of the runs; of the array {array.directory / 'logs'}")
     click.echo("next the same command with --table; hpclr status, hpclr logs, hpclr stop with the directory of a run")
 
@@ -93,6 +99,17 @@ def _train(sweep: "Sweep", points: "list[Point]", runs: Path, at_once: int) -> i
 
     with progress_shown("training", lambda done, total: f"{done} of {total} runs have ended") as show:
         return train_here(points, runs, remember(sweep, runs), at_once, show)
+
+
+def _unknown(names: "list[str]") -> int:
+    """Runs that may be in a queue are not trained here as well."""
+    if names:
+        click.echo(
+            f"not trained here: {', '.join(names)}: whether their jobs wait or run is not known, since Slurm does not "
+            "say. Try again when it does.",
+            err=True,
+        )
+    return EXIT_RETRY if names else 0
 
 
 def _show(sweep: "Sweep", runs: Path, csv: Path | None) -> None:

@@ -1,15 +1,16 @@
 """What can be found out about a job before it waits for hours: without a GPU, and as far as possible without Slurm."""
 
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
-from hpclr.cluster import profiles
-from hpclr.cluster.queued import Jobs, is_over, job_numbers, owner_of, queued
+from hpclr.cluster import container, profiles
+from hpclr.cluster.queued import Jobs, is_over, job_numbers, owner_of, queued, script_of
 from hpclr.cluster.record import submitted
 from hpclr.cluster.snapshot import code_size
 from hpclr.config import RunFile, differences, load_run_file
@@ -55,6 +56,8 @@ def examine(looks: Sequence[Callable[[], Finding]], where: str) -> tuple[Finding
             findings.append(look())
         except UsageError as error:
             faults.append(str(error))
+        except PermissionError as error:
+            faults.append(f"{error.filename}: it cannot be looked at: {error.strerror}. Make it readable, or move it.")
     if faults:
         raise UsageError("\n".join([f"{len(faults)} faults in {where}:", *faults] if faults[1:] else faults))
     return tuple(findings)
@@ -103,7 +106,7 @@ def look_at_use(path: Path) -> Finding:
     """Whether a job or a process has the run directory already."""
     jobs = _unfinished_jobs(path)
     if jobs:
-        raise _in_hand(path, jobs)
+        raise in_hand(path, jobs)
     owner = holder(path)
     fate = None if owner is None else fate_of(owner, this_process())
     if fate is not None and fate.gone is False:
@@ -120,7 +123,7 @@ def look_at_use(path: Path) -> Finding:
 
 def _unfinished_jobs(run: Path) -> Jobs | None:
     """The jobs of a run that wait or run; None if Slurm cannot be asked."""
-    if not submitted(run):
+    if not submitted(run) and not script_of(run).exists():
         return {}
     if not client.is_installed():
         return None
@@ -128,17 +131,35 @@ def _unfinished_jobs(run: Path) -> Jobs | None:
         known = queued({run: job_numbers(run, owner_of(run))})[run]
     except client.SlurmError:
         return None
-    return {number: job for number, job in known.items() if not is_over(job)}
+    return _unfinished(known)
 
 
-def _in_hand(path: Path, jobs: Jobs) -> UsageError:
+def require_no_job(*runs: Path) -> None:
+    """Refuses runs that have a job, on Slurm's word; without its commands there is none.
+
+    Raises:
+        UsageError: if one has.
+        SlurmError: if Slurm does not answer.
+    """
+    if not client.is_installed():
+        return
+    for run, known in queued({run: job_numbers(run, owner_of(run)) for run in runs}, surely=True).items():
+        if jobs := _unfinished(known):
+            raise in_hand(run, jobs)
+
+
+def _unfinished(jobs: Jobs) -> Jobs:
+    return {number: job for number, job in jobs.items() if not is_over(job)}
+
+
+def in_hand(path: Path, jobs: Jobs) -> UsageError:
     """That a run has jobs already."""
     listed = ", ".join(f"{number} ({job.state.lower()})" for number, job in jobs.items())
     name = shlex.quote(str(path))
-    return UsageError(
-        f"{path}: this run has a job that waits or runs: {listed}. `hpclr stop {name}` lets it save and end, `hpclr "
-        f"cancel {name}` takes it out of the queue."
-    )
+    waits = all(job.state == "PENDING" for job in jobs.values())
+    stop = f"`hpclr stop {name}` lets it save and end, `hpclr cancel {name}` ends it at once"
+    advice = f"`hpclr cancel {name}` takes it out of the queue" if waits else stop
+    return UsageError(f"{path}: this run has a job that waits or runs: {listed}. {advice}.")
 
 
 def look_at_space(run: RunFile, path: Path) -> Finding:
@@ -215,11 +236,37 @@ def look_at_code(code: Sequence[Path]) -> Finding:
     return Finding("code", f"copied: {listed} ({size / 1e6:.1f} MB)" if code else "all installed, nothing is copied")
 
 
-def look_at_image(image: str) -> Finding:
-    """Whether the container's image is there."""
+def look_at_changes(changes: bytes | None) -> Finding:
+    """Whether it is known how the code differs from its commits."""
+    if changes is None:
+        return Finding("changes", "how the code differs from its commit is not known: git does not tell", sure=False)
+    return Finding("changes", "recorded, in changes.diff" if changes else "none to record")
+
+
+def look_at_image(image: str, runtime: container.Runtime, binds: Sequence[str]) -> Finding:
+    """Whether the container's image is there, and of the kind that its runtime takes."""
+    wanted = "directory" if runtime in ("bubblewrap", "charliecloud") else "file or directory"
     if not os.path.exists(image):
-        raise UsageError(f"--container {image}: there is no such image here; give the path of a file or directory")
-    return Finding("image", image)
+        raise UsageError(f"--container {image}: there is no such image here; give the path of a {wanted}")
+    if wanted == "directory" and not os.path.isdir(image):
+        raise UsageError(f"--container {image}: {runtime} needs a directory, found a file; unpack the image first")
+    bound = [container.parse_bind(text) for text in binds]
+    doubts = [f"{bind.source}, to be bound, is not here" for bind in bound if not os.path.exists(bind.source)]
+    if os.path.isdir(image) and not any(map(os.path.lexists, _pythons(image, bound))):
+        doubts.append(f"there is no python in it (sought in {container.IMAGE_PATH})")
+    return Finding("image", "; ".join([image, *doubts]), sure=not doubts)
+
+
+def _pythons(image: str, binds: Sequence[container.Bind]) -> Iterator[str]:
+    """Where the image's Python may be: in it, or in what is bound over it."""
+    for directory in container.IMAGE_PATH.split(":"):
+        place = f"{directory}/python"
+        yield image + place
+        yield from (
+            bind.source + place.removeprefix(bind.target.rstrip("/"))
+            for bind in binds
+            if Path(place).is_relative_to(bind.target)
+        )
 
 
 # --- processes
@@ -239,16 +286,24 @@ def look_at_processes(run: RunFile, script: BatchScript) -> Finding:
     _check_launcher(run, script)
     each = [f"{batch // total} samples of a batch", f"{script.cpus} CPU{'s' * (script.cpus > 1)}"]
     each += ["a GPU"] if script.gpus else []
-    count = f"{script.nodes} × {script.processes} by {script.launcher}"
-    return Finding("processes", f"{count}, each with {', '.join(each)}")
+    count = f"{script.nodes} × {_count(script.processes, 'process')} by {script.launcher}"
+    idle = script.gpus > 0 and run.train.device == "cpu"
+    doubt = "; train.device is cpu: the GPUs would be idle, leave out --gpus-per-node" if idle else ""
+    return Finding("processes", f"{count}, each with {', '.join(each)}{doubt}", sure=not idle)
+
+
+def _count(number: int, word: str) -> str:
+    """`1 GPU`, `2 processes`."""
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    return f"{number:,} {word if number == 1 else plural}"
 
 
 def _check_gpus(run: RunFile, script: BatchScript) -> None:
     processes, gpus, device = script.processes, script.gpus, run.train.device
     if gpus and gpus != processes and device != "cpu":
         raise UsageError(
-            f"{processes} processes and {gpus} GPUs per node: there must be one GPU for each process. Give "
-            "--gpus-per-node alone, or the same number with --ntasks-per-node."
+            f"{_count(processes, 'process')} and {_count(gpus, 'GPU')} per node: there must be one GPU for each "
+            "process. Give --gpus-per-node alone, or the same number with --ntasks-per-node."
         )
     for key, value, wants in (("train.device", device, "cuda"), ("parallel.backend", run.parallel.backend, "nccl")):
         if value == wants and not gpus:
@@ -315,9 +370,10 @@ def look_at_partition(
 
 def _limits(found: client.Partition | None, written: profiles.Partition | None) -> dict[str, list[int | None]]:
     """What Slurm and the profile say of a partition."""
-    limits: dict[str, list[int | None]] = {"nodes": [], "GPUs on a node": [], "CPUs on a node": [], "seconds": []}
+    what = ("nodes", "GPUs on a node", "CPUs on a node", "seconds", "MB of memory on a node")
+    limits: dict[str, list[int | None]] = {name: [] for name in what}
     if found is not None:
-        own = (found.max_nodes, found.nodes), (found.gpus,), (found.cpus,), (found.max_time,)
+        own = (found.max_nodes, found.nodes), (found.gpus,), (found.cpus,), (found.max_time,), (found.memory or None,)
         for values, more in zip(limits.values(), own, strict=True):
             values += more
     if written is not None:
@@ -329,13 +385,20 @@ def _limits(found: client.Partition | None, written: profiles.Partition | None) 
 def _excess(script: BatchScript, name: str, limits: dict[str, list[int | None]]) -> str:
     """What is more than a partition has; "" if nothing is."""
     time = None if script.time is None else client.seconds_of(script.time)
-    asked = (script.nodes, script.gpus, script.processes * script.cpus, time or 0)
+    asked = (script.nodes, script.gpus, script.processes * script.cpus, time or 0, _memory(script))
     beyond = [
         f"{number:,} {what} (at most {least:,})"
         for number, (what, found) in zip(asked, limits.items(), strict=True)
         if number > (least := min((limit for limit in found if limit is not None), default=number))
     ]
     return f"partition {name} does not give a job {' or '.join(beyond)}" if beyond else ""
+
+
+def _memory(script: BatchScript) -> int:
+    """MB on a node, by --mem; 0 if it says nothing, or all that there is."""
+    asked = next((word.partition("=")[2] for word in script.options if word.startswith("--mem=")), "")
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", asked.upper())
+    return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2]]) if found else 0
 
 
 def look_at_account(given: bool, required: bool) -> Finding:

@@ -36,6 +36,26 @@ def code_of(run: RunFile, *, in_container: bool = False) -> tuple[Path, ...]:
     return tuple(found.values())
 
 
+def require_readable(file: Path) -> None:
+    """Refuses a file of code that this user cannot read.
+
+    Raises:
+        UsageError: naming it.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(place: Path, error: OSError) -> UsageError:
+    """That code cannot be taken along."""
+    return UsageError(
+        f"{place}: this code would be copied for the job, but cannot be read: {error.strerror}. Make it readable, or "
+        "keep it elsewhere if model.target does not need it."
+    )
+
+
 def _code_of_target(module: str, in_container: bool) -> list[Path]:
     places = _places(module)
     if not places and not in_container:
@@ -47,6 +67,8 @@ def _code_of_target(module: str, in_container: bool) -> list[Path]:
         return []
     try:
         _imports(places[-1])
+    except OSError as error:
+        raise unreadable(Path(error.filename), error) from error
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"model.target: {module} cannot be imported: {error}. Correct the file.") from error
     return _with_neighbours(places[0])
@@ -97,6 +119,8 @@ def _python_files(piece: Path) -> list[Path]:
 def _imports_if_python(file: Path) -> set[str]:
     try:
         return _imports(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
     except (SyntaxError, ValueError):
         return set()
 

@@ -69,8 +69,8 @@ def parse_bind(text: str) -> Bind:
     if len(parts) != 3 or parts[2] not in ("ro", "rw") or not all(map(_is_bindable, parts[:2])):
         raise UsageError(
             f"cannot bind {text!r} into the container: expected SOURCE[:TARGET[:ro|rw]] with absolute paths that hold "
-            "no comma, colon or line break, such as /scratch/me or /scratch/me/data:/data:ro; variables and ~ are not "
-            "replaced. Give the full path, or a link to it with a plain name."
+            "no comma, colon or line break, such as /scratch/me or /scratch/me/data:/data:ro; ~ is not replaced, "
+            "and $NAME in profiles only. Give the full path, or a link to it with a plain name."
         )
     return Bind(parts[0], parts[1], parts[2] == "ro")
 

@@ -1,13 +1,13 @@
 """What the processes of a run, or its jobs, have written; followed while they go on."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpclr.cluster.progress import LOCAL_LOG, job_logs, open_regular
 from hpclr.cluster.queued import job_numbers, owner_of
 from hpclr.cluster.status import Status, statuses
 from hpclr.errors import UsageError
@@ -20,7 +20,6 @@ _PAUSE = 1.0  # seconds from one look at the files to the next
 _SLURM_PAUSE = 30.0  # seconds from one question to Slurm to the next
 _OWN_PAUSE = 5.0  # likewise, of runs that have no job
 _CHUNK = 1 << 20  # bytes read at once; a line that is longer is broken
-_JOB_LOG = re.compile(r"(\d+)_0_log\.(out|err)")
 
 Show = Callable[[str], None]
 
@@ -70,7 +69,7 @@ def follow_logs(run: Path, choice: Choice, show: Show, pause: float = _PAUSE) ->
         UsageError: if there are none, and nothing is about to write any.
     """
     reader, watch = _Reader(run, choice, show), _Watch(run)
-    if not reader.sources() and not watch.now().live:
+    if not reader.sources() and watch.now().live is False:
         known = f"{watch.now().summary}{_hint(run, choice)}"
         raise UsageError(f"{run}: there are no such logs, and nothing writes any: the run is {known}")
     while not _is_over(run, choice, watch):
@@ -78,22 +77,27 @@ def follow_logs(run: Path, choice: Choice, show: Show, pause: float = _PAUSE) ->
         time.sleep(pause)
     time.sleep(pause)  # for what the processes of other ranks say last
     reader.read(to_the_end=True)
-    outcome = _outcome(run, choice.attempt)
-    known = watch.now().summary if outcome is None or choice.job else outcome.message
+    known = watch.now().summary if choice.job else _last_words(run, choice.attempt) or watch.now().summary
     say(printable(f"--- {run}: {known}{_hint(run, choice)}"))
+
+
+def _last_words(run: Path, attempt: int | None) -> str | None:
+    """What an attempt said of its end."""
+    outcome = _outcome(run, attempt)
+    return None if outcome is None else outcome.message
 
 
 def _hint(run: Path, choice: Choice) -> str:
     """Where more is said of a job that has ended before its processes had logs."""
-    return "" if choice.job or attempts(run) or not _job_logs(run) else "; --job shows what its job has written"
+    return "" if choice.job or attempts(run) or not job_logs(run) else "; --job shows what its job has written"
 
 
 def _is_over(run: Path, choice: Choice, watch: "_Watch") -> bool:
-    """Whether nothing more can come; that a run is done shows before Slurm or the lock tells."""
+    """Whether nothing more can come, as far as one knows; that a run is done shows before Slurm or the lock tells."""
     if choice.attempt is not None and not choice.job:
         ended = _outcome(run, choice.attempt) is not None or max(attempts(run)) > choice.attempt
-        return ended or not watch.now().live
-    return (watch.is_done() and not choice.job) or not watch.now().live
+        return ended or watch.now().live is False
+    return (watch.is_done() and not choice.job) or watch.now().live is False
 
 
 def _outcome(run: Path, attempt: int | None) -> Outcome | None:
@@ -108,18 +112,20 @@ class _Reader:
     def __init__(self, run: Path, choice: Choice, show: Show) -> None:
         self._run, self._choice, self._show = run, choice, show
         self._first = _first_attempt(run, choice)
-        self._first_job = max((number for number, _ in _job_logs(run)), default=0)
+        self._first_job = max((number for number, _ in job_logs(run)), default=0)
         self._files: dict[Path, _File] = {}
         self._last: Path | None = None
 
     def sources(self) -> list[Path]:
         """The files, those that are there, the oldest first."""
         if self._choice.job:
-            return [path for number, path in _job_logs(self._run) if number >= self._first_job]
+            return [path for number, path in job_logs(self._run) if number >= self._first_job]
+        if self._choice.attempt is None and not attempts(self._run):
+            return [path for path in [self._run / LOCAL_LOG] if path.is_file()]
         later = [number for number in attempts(self._run) if number >= self._first]
         wanted = later if self._choice.attempt is None else [self._first]
         paths = [log_path(attempt_directory(self._run, number), self._choice.rank) for number in wanted]
-        return [path for path in paths if path.exists()]
+        return [path for path in paths if path.is_file()]
 
     def read(self, *, to_the_end: bool = False) -> None:
         """Shows what is new; the last line, too, if it is to be the last.
@@ -143,7 +149,7 @@ class _File:
 
     def read(self, *, to_the_end: bool) -> str:
         """The next whole lines, at most _CHUNK bytes of them; "" if there are none yet."""
-        with suppress(OSError), self._path.open("rb") as file:
+        with suppress(OSError), open_regular(self._path) as file:
             if file.seek(0, os.SEEK_END) < self._at:
                 self._at = 0  # it is another one
             file.seek(self._at)
@@ -166,17 +172,24 @@ class _Watch:
         self._run = run
         self._known: Status | None = None
         self._until = 0.0
+        self._warned = ""
         self._was_done = self._newest_done()
 
     def now(self) -> Status:
         """How it is, or was a little while ago; what has changed is said."""
         if self._known is None or time.monotonic() >= self._until:
-            before, self._known = self._known, _now(self._run)
+            before, self._known = self._known, _now(self._run, self._warn)
             jobs = job_numbers(self._run, owner_of(self._run))
             self._until = time.monotonic() + (_SLURM_PAUSE if jobs else _OWN_PAUSE)
-            if self._known.live and (before is None or before.summary != self._known.summary):
+            if self._known.live is not False and (before is None or before.summary != self._known.summary):
                 say(printable(f"--- {self._run}: {self._known.summary}"))
         return self._known
+
+    def _warn(self, text: str) -> None:
+        """Once for all questions that get the same answer."""
+        if text != self._warned:
+            say(text)
+        self._warned = text
 
     def is_done(self) -> bool:
         """Whether the run has come to its end since this was made."""
@@ -189,8 +202,8 @@ class _Watch:
         return number if outcome is not None and outcome.code == 0 else None
 
 
-def _now(run: Path) -> Status:
-    (status,) = statuses([run])
+def _now(run: Path, warn: Callable[[str], None] = say) -> Status:
+    (status,) = statuses([run], warn)
     return status
 
 
@@ -211,9 +224,3 @@ def _first_attempt(run: Path, choice: Choice) -> int:
             f"{run}: attempt {number} has no rank {choice.rank}; it has {first.world_size} processes, from rank 0 on"
         )
     return number
-
-
-def _job_logs(run: Path) -> list[tuple[int, Path]]:
-    """The logs of jobs with the jobs' numbers, in the order of these."""
-    named = [(_JOB_LOG.fullmatch(path.name), path) for path in (run / "logs").glob("*_0_log.*")]
-    return sorted((int(found[1]), path) for found, path in named if found is not None)

@@ -1,13 +1,15 @@
 """Cluster profiles: what a job must know of a cluster, in a YAML file that is written once and used by name.
 
 A name is looked for in the user's directory, `$XDG_CONFIG_HOME/hpclr/profiles` (~/.config where that is not set),
-then among those that come with hpclr. Keys that are not known are refused.
+then among those that come with hpclr. Keys that are not known are refused. Many users may share a profile: variables
+are put in for each, those in `container.binds` when a job is submitted, those in `environment` by the job.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import string
 import sysconfig
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -47,16 +49,39 @@ class Partition(Section, kw_only=True, frozen=True):
     time: Annotated[TimeLimit | None, doc("Longest time limit.")] = None
 
 
+def _expanded(bind: str) -> str:
+    """A bind with the variables of who submits put in.
+
+    Raises:
+        UsageError: for one that is not set, or empty, as the rest would be another directory; or a lone $.
+    """
+    template = string.Template(bind)
+    try:
+        return template.substitute({name: value for name, value in os.environ.items() if value})
+    except KeyError as error:
+        raise UsageError(
+            f"cannot bind {bind!r} into the container: the variable {error.args[0]} is not set, or empty, where you "
+            "submit. Set it, or write the path in a copy of the profile."
+        ) from None
+    except ValueError:
+        raise UsageError(
+            f"cannot bind {bind!r} into the container: it has a $ without the name of a variable, such as $USER or "
+            "${USER}, after it; nothing else is replaced. Write $$ for a $."
+        ) from None
+
+
 class Container(Section, kw_only=True, frozen=True):
     """How images are run on the cluster."""
 
     runtime: Annotated[Runtime, doc("The program that runs them.")] = "apptainer"
-    binds: Annotated[Words, doc("What is seen in the container besides run and data: SOURCE[:TARGET[:ro]].")] = ()
+    binds: Annotated[Words, doc("Also seen in the container: SOURCE[:TARGET[:ro]]; $NAME is replaced.")] = ()
     flags: Annotated[Words, doc("Further options of the runtime.")] = ()
 
     def __post_init__(self) -> None:
-        for bind in self.binds:
+        binds = tuple(map(_expanded, self.binds))
+        for bind in binds:
             parse_bind(bind)
+        msgspec.structs.force_setattr(self, "binds", binds)
 
 
 class Profile(Section, kw_only=True, frozen=True):
@@ -67,7 +92,9 @@ class Profile(Section, kw_only=True, frozen=True):
         False
     )
     modules: Annotated[Words, doc("Loaded in this order.")] = ()
-    environment: Annotated[dict[VariableName, Line], doc("Variables exported to all processes.")] = {}
+    environment: Annotated[
+        dict[VariableName, Line], doc("Exported to all processes; $NAME in a value is the job's.")
+    ] = {}
     interface: Annotated[Line | None, doc("`parallel.interface` of runs that set none.")] = None
     host_suffix: Annotated[Line, doc("`parallel.host_suffix` of runs that set none.")] = ""
     partitions: Annotated[dict[str, Partition], doc("By name; the first is taken where a job names none.")] = {}

@@ -2,10 +2,12 @@
 
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -13,9 +15,13 @@ from hpclr.cluster.record import SUBMISSION
 from hpclr.config import RunFile, load_run_file
 from hpclr.errors import UsageError
 from hpclr.parallel.watch.attempt import attempt_directory, attempts, heartbeat_path
-from hpclr.parallel.watch.outcome import Outcome, read_outcome
+from hpclr.parallel.watch.outcome import EXIT_FILE, Outcome, read_outcome
 from hpclr.training.run_directory import RunDirectory
 
+LOCAL_LOG = Path("logs", "local.log")  # what a run says that a sweep trains here, from before its first attempt on
+_JOB_LOG = re.compile(r"(\d+)_0_log\.(out|err)")
+_SAYS, _WARNS = "hpclr: ", "hpclr: warning: "  # how a command begins what it ends with, and what it goes on after
+_LAST_WORDS = 10_000  # bytes of a log that are looked at for them
 _TAIL = 4 << 20  # bytes of the metrics that are looked at: some 40 000 steps
 _SAVE = re.compile(r"step-(\d{8,18})\.h5\.sha256")
 
@@ -27,6 +33,7 @@ class Progress:
     Attributes:
         attempt: the newest one's number.
         outcome: how that has ended.
+        complaint: before there is an attempt, what the last start, here or as a job, has said last.
         finished: whether the run has come to its end.
         silence: seconds since a process has last shown that it has the run directory, or trains.
         step: optimiser steps done.
@@ -41,6 +48,7 @@ class Progress:
 
     attempt: int | None
     outcome: Outcome | None
+    complaint: str | None
     finished: bool
     silence: float | None
     step: int | None
@@ -75,7 +83,8 @@ def progress_of(run: Path) -> Progress:
     saved = max(saves, default=None)
     return Progress(
         attempt=number,
-        outcome=None if here is None else read_outcome(here),
+        outcome=read_outcome(here) if here is not None and (here / EXIT_FILE).is_file() else None,
+        complaint=_complaint(run) if here is None else None,
         finished=directory.summary.exists(),
         silence=_silence(run, here),
         step=step,
@@ -93,14 +102,52 @@ def run_file_of(run: Path) -> RunFile | None:
     """What the run is, or is to be once its first job begins; None if that cannot be read."""
     for file in (run / "run.yaml", run / SUBMISSION / "run.yaml"):
         with suppress(UsageError):
-            return load_run_file(file)
+            if file.is_file():  # a pipe would hold up whoever looks
+                return load_run_file(file)
     return None
+
+
+def job_logs(run: Path) -> list[tuple[int, Path]]:
+    """The logs of jobs with the jobs' numbers, in the order of these."""
+    named = [(_JOB_LOG.fullmatch(path.name), path) for path in (run / "logs").glob("*_0_log.*")]
+    return sorted((int(found[1]), path) for found, path in named if found is not None)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file by anybody for reading; a pipe of that name does not hold it up.
+
+    Raises:
+        OSError: if that is not possible, or it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(f"{path} is no regular file")
+
+
+def last_words(log: Path, since: int = 0) -> str | None:
+    """The last line of a log that says anything, among those after the byte `since`; None if there is none."""
+    try:
+        with open_regular(log) as file:
+            file.seek(max(since, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
+def _complaint(run: Path) -> str | None:
+    errors = [path for _, path in job_logs(run) if path.suffix == ".err"]
+    said = [(_modified(path) or 0.0, words) for path in (run / LOCAL_LOG, *errors) if (words := last_words(path))]
+    last = max(said)[1] if said else _WARNS
+    return None if last.startswith(_WARNS) else last.removeprefix(_SAYS)
 
 
 def _tail(path: Path) -> list[bytes]:
     """The last lines of a file; the first of them may be cut, and is then none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             return file.read(_TAIL).splitlines()
     except OSError:
@@ -122,7 +169,8 @@ def _metric(line: bytes) -> _Metric | None:
 
 def _steps(directory: RunDirectory) -> int | None:
     """As the newest attempt has recorded it; before there is one, what the run file says, if it says steps."""
-    recorded = [attempt.get("total_steps") for attempt in directory.attempts()[-1:]]
+    attempts = directory.attempts() if directory.environment.is_file() else []
+    recorded = [attempt.get("total_steps") for attempt in attempts[-1:]]
     if recorded:
         return recorded[0] if isinstance(recorded[0], int) else None
     run = run_file_of(directory.path)

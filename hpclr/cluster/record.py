@@ -6,6 +6,7 @@ RUN/logs/jobs                     a line for each submission, appended: {"time":
 
 import os
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from hpclr.errors import UsageError
 from hpclr.files import write_whole
 
 SUBMISSION = "submission"
+JOB_SCRIPT = "job.sh"
 _RECORD = "submission.json"
 _JOBS = Path("logs", "jobs")
 
@@ -31,6 +33,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         chain: how many jobs follow one another; 0: one job, which requeues itself.
         hpclr: its version.
         commits: of the repositories that the code comes from, by their directories.
+        changes: whether the code differs from them, as changes.diff tells; unknown if git did not.
         container: the image in which it is run, if in one.
         time: when, in UTC.
     """
@@ -43,16 +46,25 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     chain: int = 0
     hpclr: str
     commits: dict[str, str] = {}
+    changes: Literal["none", "listed", "unknown"] = "none"
     container: str | None = None
     time: str
 
 
 class Submitted(msgspec.Struct, frozen=True):
-    """Jobs that were given to Slurm together: those of a chain in their order; "12_3" is an element of an array."""
+    """Jobs that were given to Slurm together.
+
+    Attributes:
+        time: when, in UTC.
+        jobs: those of a chain in their order; "12_3" is an element of an array.
+        by: which command.
+        script: the file that sbatch was given, by which Slurm's jobs are known again; "" if it was not noted.
+    """
 
     time: str
     jobs: tuple[str, ...]
     by: Literal["submit", "resume", "sweep"]
+    script: str = ""
 
 
 def read_submission(run: Path) -> Submission | None:
@@ -77,14 +89,29 @@ def write_submission(directory: Path, submission: Submission) -> None:
     write_whole(directory / _RECORD, msgspec.json.format(msgspec.json.encode(submission), indent=2) + b"\n")
 
 
-def note_jobs(run: Path, jobs: tuple[str, ...], by: Literal["submit", "resume", "sweep"]) -> None:
-    """Appends the numbers of jobs to the run's list."""
-    line = msgspec.json.encode(Submitted(now(), jobs, by)) + b"\n"
-    descriptor = os.open(run / _JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+def note_jobs(
+    run: Path, jobs: tuple[str, ...], by: Literal["submit", "resume", "sweep"], script: Path | str = ""
+) -> None:
+    """Appends the numbers of jobs to the run's list, or leaves it as it is.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    line = msgspec.json.encode(Submitted(now(), jobs, by, str(script))) + b"\n"
+    with open(run / _JOBS, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            _write_all(file, line)
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """A file system that has not room for all of it takes a part first, and refuses the rest."""
+    while content:
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
 
 
 def submitted(run: Path) -> list[Submitted]:

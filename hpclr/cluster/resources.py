@@ -10,6 +10,7 @@ from hpclr.slurm.script import Launcher
 
 _MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
 _GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-task", "--gpus-per-socket", "--ntasks-per-gpu")
+_OWN = ("--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--time")
 _UNDERSTOOD = ("--partition", "--account", "--gres", "--array", *_MEMORY, *_GPUS)
 
 
@@ -82,6 +83,18 @@ class Resources:
         return (*(f"--partition={name}" for name in added), *self.options)
 
 
+def check_resources(resources: Resources) -> None:
+    """Refuses what a container is to have where there is none, and what `check_options` refuses.
+
+    Raises:
+        UsageError: naming it.
+    """
+    given = [name for name, value in (("--runtime", resources.runtime), ("--bind", resources.binds)) if value]
+    if given and resources.container is None:
+        raise UsageError(f"{' and '.join(given)}: needs --container IMAGE, without which the job runs in no container.")
+    check_options(resources.options)
+
+
 def check_options(options: Sequence[str]) -> None:
     """Refuses options of sbatch that contradict one another, or what hpclr has options of its own for.
 
@@ -100,6 +113,9 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def _check_option(name: str, word: str) -> None:
+    if name in _OWN:
+        own = "--ntasks-per-node N, the number on each node" if name == "--ntasks" else name
+        raise UsageError(f"{word!r}: give hpclr's own option {own}, before --.")
     if name not in _UNDERSTOOD and len(name) > 2 and (meant := [full for full in _UNDERSTOOD if full.startswith(name)]):
         raise UsageError(f"{word!r}: write the option in full, such as {meant[0]}; hpclr looks at it as well.")
     if name == "--array":

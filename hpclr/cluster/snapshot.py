@@ -13,18 +13,20 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import NoReturn
 
-from hpclr.cluster.record import SUBMISSION, Submission, write_submission
+from hpclr.cluster.code import require_readable, unreadable
+from hpclr.cluster.record import JOB_SCRIPT, SUBMISSION, Submission, write_submission
+from hpclr.cluster.submitting import NEW, OLD, UnknownOutcomeError, submitting
 from hpclr.errors import UsageError
 from hpclr.files import synchronise, write_whole
 from hpclr.training.run_directory import writing
 
-JOB_SCRIPT = "job.sh"
 RUN_FILE = "run.yaml"
 CODE = "code"
 _MOST_CODE = 100 << 20  # bytes; a directory of data among the code is no part of it
@@ -42,6 +44,7 @@ class Snapshot:
         code: packages (directories) and modules (files).
         record: what was asked for.
         packages: whether the installed packages are listed.
+        changes: how the code differs from its commits; None if that is not known.
     """
 
     run_file: str
@@ -49,28 +52,37 @@ class Snapshot:
     code: Sequence[Path]
     record: Submission
     packages: bool
+    changes: bytes | None = b""
 
 
 @contextmanager
-def placed(run: Path, snapshot: Snapshot) -> Iterator[Path]:
+def placed(run: Path, snapshot: Snapshot, look: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """RUN/submission as it is to be, for the block and, unless the block fails, for good; yields the batch script.
 
-    If the block fails all is as it was before: an earlier submission is back, a run directory that was made is gone.
+    Nobody else submits the run meanwhile. If the block fails all is as it was before: an earlier submission is back,
+    a run directory that was made is gone; but not if what it has come to is not known.
 
     Args:
         run: the run directory.
         snapshot: what goes into it.
+        look: whether it may; called before anything is written, and while nobody else can submit.
 
     Raises:
         UsageError: if the run directory may not be written to, or the code cannot be copied.
         RetryableError: if it cannot be written to now.
     """
+    with submitting(run):
+        look()
+        with _swapped(run, snapshot) as script:
+            yield script
+
+
+@contextmanager
+def _swapped(run: Path, snapshot: Snapshot) -> Iterator[Path]:
     place = run / SUBMISSION
     with ExitStack() as undo:
         with writing(run):
-            undo.callback(_remove_if_empty, run)
-            run.mkdir(parents=True, exist_ok=True)
-            new, old = (run / f".tmp-submission-{secrets.token_hex(4)}" for _ in range(2))
+            new, old = (run / f"{kind}{secrets.token_hex(4)}" for kind in (NEW, OLD))
             undo.callback(shutil.rmtree, new, ignore_errors=True)
             _write(new, snapshot)
             if place.exists():
@@ -79,7 +91,11 @@ def placed(run: Path, snapshot: Snapshot) -> Iterator[Path]:
             new.rename(place)
             undo.callback(place.rename, new)
             synchronise(run)
-        yield place / JOB_SCRIPT
+        try:
+            yield place / JOB_SCRIPT
+        except UnknownOutcomeError:
+            undo.pop_all()
+            raise
         undo.pop_all()
     shutil.rmtree(old, ignore_errors=True)
 
@@ -96,6 +112,7 @@ def code_size(code: Sequence[Path]) -> int:
 def _size(piece: Path) -> int:
     size = 0
     for file in _files(piece):
+        require_readable(file)
         size += file.stat().st_size
         if size > _MOST_CODE:
             raise UsageError(
@@ -106,11 +123,16 @@ def _size(piece: Path) -> int:
 
 
 def _files(piece: Path) -> Iterator[Path]:
-    """What is copied of a package or module; directories that links lead to belong to it."""
+    """What is copied of a package or module; directories that links lead to belong to it.
+
+    Raises:
+        UsageError: if a directory cannot be read.
+    """
     if piece.is_file():
         yield piece
+        return
     seen: set[str] = set()
-    for directory, names, files in os.walk(piece, followlinks=True):
+    for directory, names, files in os.walk(piece, onerror=_refuse, followlinks=True):
         ignored = _no_code(directory, names + files)
         circle = (real := os.path.realpath(directory)) in seen
         seen.add(real)
@@ -119,23 +141,37 @@ def _files(piece: Path) -> Iterator[Path]:
         yield from (file for file in found if file.is_file())
 
 
-def repositories(code: Sequence[Path]) -> dict[str, str]:
-    """The git repositories that packages and modules are in, each with its commit."""
+def _refuse(error: OSError) -> NoReturn:
+    raise unreadable(Path(error.filename), error) from error
+
+
+def versions(code: Sequence[Path]) -> tuple[dict[str, str], bytes | None]:
+    """The git repositories that packages and modules are in, each with its commit, and how they differ from these.
+
+    The difference is None where git cannot tell, or not in time.
+    """
     found: dict[str, str] = {}
-    for piece in code:
-        top = (_git(piece.parent, "rev-parse", "--show-toplevel") or b"").decode(errors="replace").strip()
-        commit = (_git(piece.parent, "rev-parse", "HEAD") or b"").decode().strip()
+    unsure = False
+    for directory in {piece.parent: None for piece in code}:
+        top = (_git(directory, "rev-parse", "--show-toplevel") or b"").decode(errors="replace").strip()
+        commit = (_git(directory, "rev-parse", "HEAD") or b"").decode().strip()
         if top and commit:
             found[top] = commit
-    return found
+        unsure = unsure or (not (top and commit) and _is_in_repository(directory))
+    changes = [_git(Path(top), "diff", "--no-ext-diff", "--binary", "HEAD") for top in found]
+    known = [change for change in changes if change is not None]
+    return found, None if unsure or len(known) < len(changes) else b"".join(known)
+
+
+def _is_in_repository(directory: Path) -> bool:
+    return any(os.path.exists(place / ".git") for place in (directory, *directory.parents))
 
 
 def _write(directory: Path, snapshot: Snapshot) -> None:
     directory.mkdir()
     _copy(snapshot.code, directory / CODE)
-    changes = [_git(Path(top), "diff", "--no-ext-diff", "--binary", "HEAD") or b"" for top in snapshot.record.commits]
     texts = {RUN_FILE: snapshot.run_file.encode(), JOB_SCRIPT: snapshot.script.encode()}
-    texts |= {"changes.diff": b"".join(changes)} if any(changes) else {}
+    texts |= {"changes.diff": snapshot.changes} if snapshot.changes else {}
     texts |= {"packages.txt": _packages().encode()} if snapshot.packages else {}
     for name, content in texts.items():
         write_whole(directory / name, content)
@@ -146,6 +182,7 @@ def _copy(code: Sequence[Path], target: Path) -> None:
     target.mkdir()
     for piece in code:
         for file in _files(piece):
+            require_readable(file)
             place = target / file.relative_to(piece.parent)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
@@ -172,10 +209,3 @@ def _package(found: Distribution) -> str:
         return f"{name} @ {json.loads(found.read_text('direct_url.json') or '')['url']}"
     except (ValueError, KeyError, TypeError):  # it came from a package index
         return f"{name}=={found.version}"
-
-
-def _remove_if_empty(run: Path) -> None:
-    with suppress(OSError):
-        (run / "logs").rmdir()
-    with suppress(OSError):
-        run.rmdir()

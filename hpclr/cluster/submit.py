@@ -20,11 +20,13 @@ from hpclr.cluster import checks, container
 from hpclr.cluster.checks import Finding
 from hpclr.cluster.code import code_of
 from hpclr.cluster.profiles import Profile, load_profile
-from hpclr.cluster.record import SUBMISSION, Submission, note_jobs, now, read_submission
-from hpclr.cluster.resources import Resources, check_options
-from hpclr.cluster.snapshot import CODE, JOB_SCRIPT, RUN_FILE, Snapshot, placed, repositories
+from hpclr.cluster.record import JOB_SCRIPT, SUBMISSION, Submission, note_jobs, now, read_submission
+from hpclr.cluster.resources import Resources, check_resources
+from hpclr.cluster.snapshot import CODE, RUN_FILE, Snapshot, placed, versions
+from hpclr.cluster.submitting import UnknownOutcomeError, hand_over, jobs_with, submitting, withdraw
 from hpclr.config import RunFile, dump, load_run_file, parse_run_file
-from hpclr.errors import HpclrError, UsageError
+from hpclr.errors import UsageError
+from hpclr.output import say
 from hpclr.slurm import client
 from hpclr.slurm.script import BatchScript
 from hpclr.training.run_directory import writing
@@ -78,19 +80,21 @@ def prepare(
     Raises:
         UsageError: with everything that is found wrong.
     """
-    check_options(resources.options)
+    check_resources(resources)
     profile = Profile() if resources.profile is None else load_profile(resources.profile)
     directory = Path(os.path.abspath(runs_dir / run.name))
     run = _settled(run, profile, resources.profile)
     code = code_of(run, in_container=resources.container is not None)
     script = _script(run, directory, resources, profile, bool(code))
     text = script.text()
+    commits, changes = versions(code)
     looks = _looks(run, directory, resources, profile, script, code)
+    looks.append(partial(checks.look_at_changes, changes))
     known = checks.partitions_here() if partitions is None else partitions
     looks.append(partial(checks.look_at_partition, script, resources.partitions(profile), profile, known))
     found = checks.examine(looks, f"this submission of {run.name}")
-    record = _record(command, script, resources, code)
-    snapshot = Snapshot(dump(run), text, code, record, packages=resources.container is None)
+    record = _record(command, script, resources, commits, changes)
+    snapshot = Snapshot(dump(run), text, code, record, packages=resources.container is None, changes=changes)
     return Prepared(directory, script, found, snapshot)
 
 
@@ -117,9 +121,11 @@ def submit(prepared: Prepared) -> tuple[str, ...]:
 
     Raises:
         SlurmError: if Slurm does not take it; all is then as it was before.
-        UsageError: likewise, if there is no Slurm here, or the run directory cannot be written to.
+        UsageError: likewise, if there is no Slurm here, the run directory cannot be written to, or the run has a job.
+        UnknownOutcomeError: if nobody can tell now whether Slurm took it; RUN/submission is then there.
     """
-    with placed(prepared.directory, prepared.snapshot) as script:
+    look = partial(checks.require_no_job, prepared.directory)
+    with placed(prepared.directory, prepared.snapshot, look) as script:
         return _submit(prepared.directory, script, prepared.snapshot.record.chain, "submit")
 
 
@@ -129,6 +135,7 @@ def resume(run: Path) -> tuple[str, ...]:
     Raises:
         UsageError: if it was never submitted, is finished, or is at it.
         SlurmError: if Slurm does not take it.
+        UnknownOutcomeError: if nobody can tell now whether it did.
     """
     run = Path(os.path.abspath(run))
     record = read_submission(run)
@@ -136,45 +143,48 @@ def resume(run: Path) -> tuple[str, ...]:
     if record is None or not script.is_file():
         raise UsageError(f"{run}: it has not been submitted before; `hpclr submit RUN_FILE …` does that")
     _require_not_moved(run, script)
-    checks.require_unfinished(load_run_file(run / SUBMISSION / RUN_FILE), run)
+    stored = load_run_file(run / SUBMISSION / RUN_FILE)
+    checks.require_unfinished(stored, run)
+    checks.look_at_data(stored)
     checks.look_at_use(run)
-    return _submit(run, script, record.chain, "resume")
+    with submitting(run):
+        checks.require_no_job(run)
+        return _submit(run, script, record.chain, "resume", _fresh_dependency(script))
 
 
-def _submit(run: Path, script: Path, chain: int, by: Literal["submit", "resume"]) -> tuple[str, ...]:
-    logs = run / "logs"
+def _fresh_dependency(script: Path) -> list[str]:
+    """The option of sbatch without the jobs that the first submission waited for, which may be gone for long."""
+    found = re.search("^#SBATCH --dependency=(.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None or ":" not in found[1]:
+        return []
+    say(f"hpclr: warning: --dependency={found[1]} was for the first submission; its jobs are not waited for again")
+    kept = [word for word in re.split("[,?]", found[1].strip('"')) if ":" not in word]  # such as singleton
+    return [f"--dependency={','.join(kept)}"]
+
+
+def _submit(
+    run: Path, script: Path, chain: int, by: Literal["submit", "resume"], options: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """To be called while nobody else submits the run."""
     with writing(run):
-        logs.mkdir(exist_ok=True)
-        (logs / "progress").unlink(missing_ok=True)  # what the jobs before have come to is not held against this one
-    client.dry_run(script)
+        (run / "logs").mkdir(exist_ok=True)
     jobs: list[str] = []
+    before = jobs_with(script)
     try:
         for _ in range(max(1, chain)):
-            after = [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
-            jobs.append(client.submit(script, after))
+            after = [f"--dependency=afternotok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else options
+            hand_over(script, after, before, jobs)
         with writing(run):
-            note_jobs(run, tuple(jobs), by)
+            note_jobs(run, tuple(jobs), by, script)
+    except UnknownOutcomeError:
+        raise
     except BaseException as error:
-        _withdraw(jobs, error)
+        withdraw(jobs, error)
         raise
     for job in jobs:
         with suppress(OSError):  # it is there for slurm-tools
-            shutil.copyfile(script, logs / f"{job}_submission.sh")
+            shutil.copyfile(script, run / "logs" / f"{job}_submission.sh")
     return tuple(jobs)
-
-
-def _withdraw(jobs: Sequence[str], error: BaseException) -> None:
-    """Takes back jobs of which not all could be submitted.
-
-    Raises:
-        HpclrError: if they cannot be taken back either.
-    """
-    try:
-        client.cancel(jobs)
-    except HpclrError as second:
-        raise HpclrError(
-            f"{error}. Of it jobs {', '.join(jobs)} are left: `scancel {' '.join(jobs)}` ({second})"
-        ) from error
 
 
 def _require_not_moved(run: Path, script: Path) -> None:
@@ -206,11 +216,19 @@ def _looks(
     if resources.profile is not None:
         looks.append(partial(checks.look_at_profile, resources.profile, profile))
     if resources.container is not None:
-        looks.append(partial(checks.look_at_image, resources.container))
+        runtime = resources.runtime or profile.container.runtime
+        binds = [*profile.container.binds, *resources.binds]
+        looks.append(partial(checks.look_at_image, resources.container, runtime, binds))
     return list(looks)
 
 
-def _record(command: Sequence[str], script: BatchScript, resources: Resources, code: Sequence[Path]) -> Submission:
+def _record(
+    command: Sequence[str],
+    script: BatchScript,
+    resources: Resources,
+    commits: dict[str, str],
+    changes: bytes | None,
+) -> Submission:
     return Submission(
         command=tuple(command),
         name=script.name,
@@ -219,7 +237,8 @@ def _record(command: Sequence[str], script: BatchScript, resources: Resources, c
         processes=script.processes,
         chain=resources.chain,
         hpclr=__version__,
-        commits=repositories(code),
+        commits=commits,
+        changes="unknown" if changes is None else "listed" if changes else "none",
         container=resources.container,
         time=now(),
     )
@@ -300,7 +319,7 @@ def _prefix(run: RunFile, directory: Path, resources: Resources, profile: Profil
         runtime,
         image if "://" in image else os.path.abspath(image),
         binds=[*_binds(run, directory, runtime), *profile.container.binds, *resources.binds],
-        names=list(profile.environment),
+        names=[name for name in profile.environment if name != "PATH"],  # an image has its own programs
         gpu="nvidia" if resources.gpus and not drivers else None,
         flags=flags,
     )

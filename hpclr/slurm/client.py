@@ -19,6 +19,7 @@ PATIENCE = 60.0  # seconds for an answer: the commands themselves try again for 
 _PATIENCE_OF_SBATCH = 180.0
 _SEPARATOR = "\x1f"  # in no name
 _NO_SUCH_JOB = "Invalid job id specified"
+_NOTHING = ("(null)", "N/A")
 _AWAY = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Connection (refused|timed out)|Communication connection "
     r"failure|Zero Bytes were transmitted|DNS SRV lookup failed|try again",
@@ -29,7 +30,7 @@ _DURATION = re.compile("(?:({0})-)?({0})(?::({0}))?(?::({0}))?".format("[0-9]{1,
 _SETTINGS = ("SBATCH_", "SQUEUE_", "SINFO_", "SCONTROL_", "SCANCEL_")
 _SETTING_NAMES = ("SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
 _LISTED = ("JobID", "Name", "Partition", "State", "Reason", "NumNodes", "NodeList", "TimeUsed", "TimeLeft")
-_LISTED_LAST = ("RestartCnt", "StartTime", "Dependency")
+_LISTED_LAST = ("RestartCnt", "StartTime", "Dependency", "Command")
 
 
 class SlurmError(HpclrError):
@@ -61,6 +62,7 @@ class QueuedJob:
         restarts: how often it was requeued.
         start: when it started, or, by Slurm's estimate, will; in local time.
         dependency: what it waits for; "" if for nothing.
+        command: the batch script's path, with the arguments that it was given; "" if it came from no file.
     """
 
     id: str
@@ -75,6 +77,7 @@ class QueuedJob:
     restarts: int
     start: datetime | None
     dependency: str
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,16 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     Args:
         script: the file.
         options: of sbatch, before those in the script.
+
+    Raises:
+        SlurmError: if it was refused (exit code 1), or if whether it was submitted is not known (75).
     """
     answer = _call("sbatch", "--parsable", *options, str(script), patience=_PATIENCE_OF_SBATCH)
     number = answer.strip().rpartition("\n")[2].partition(";")[0]  # a site's own words may come before
     if not number.isdecimal():
-        raise SlurmError(f"sbatch has printed {answer!r} where a job number was expected; look for the job with squeue")
+        raise SlurmError(
+            f"sbatch has printed {answer!r} where a job number was expected; look for the job with squeue", away=True
+        )
     return number
 
 
@@ -290,7 +298,7 @@ def _queued_job(line: str) -> QueuedJob | None:
     values = line.split(_SEPARATOR)
     if len(values) != len(_LISTED) + len(_LISTED_LAST):
         return None
-    number, name, partition, state, reason, nodes, node_list, used, left, restarts, start, dependency = values
+    number, name, partition, state, reason, nodes, node_list, used, left, restarts, start, dependency, command = values
     return QueuedJob(
         number,
         name,
@@ -303,7 +311,8 @@ def _queued_job(line: str) -> QueuedJob | None:
         seconds_of(left),
         _integer(restarts) or 0,
         _time(start),
-        "" if dependency in ("(null)", "N/A") else dependency,
+        "" if dependency in _NOTHING else dependency,
+        "" if command in _NOTHING else command,
     )
 
 

@@ -1,6 +1,7 @@
 """The batch script of a run: bash that a person can read, and that needs no Python on the host."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,13 @@ from hpclr.errors import UsageError
 
 Launcher = Literal["srun", "torchrun", "mpirun"]
 _SUPERVISE = Path(__file__).with_name("supervise.sh")
-_OWN_VARIABLES = ("RUN", *(f"HPCLR_{name}" for name in ("ATTEMPTS", "CHAIN", "PATIENCE", "LAUNCH", "DEADLINE")))
+_OWN_NAMES = ("ATTEMPTS", "CHAIN", "PATIENCE", "LAUNCH", "DEADLINE", "EARLY")
+_OWN_VARIABLES = ("RUN", *(f"HPCLR_{name}" for name in _OWN_NAMES))
 _FOR_SBATCH = ("name", "run", "time", "options")
+# Before anything that takes time; what is common to all scripts says why, and sees to what is remembered.
+_REMEMBER = 'for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done'
+# Of a value: text; or $$, $NAME, ${NAME}, or a $ alone.
+_VARIABLE = re.compile(r"([^$]+)|(\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})?)")
 LOG_STEM = "%j_0_log"  # what slurm-tools' slogs and stui look for
 # The script does not work with other values of these, or says them itself.
 _OWN = (
@@ -49,7 +55,8 @@ class BatchScript:
         warning: seconds before the limit at which the script asks the run to save; Slurm may be a minute early.
         options: any other options of sbatch, each one word, `--name` or `--name=value`.
         modules: loaded with `module load`, in this order.
-        environment: variables for the processes, set after the modules are loaded.
+        environment: variables for the processes, set after the modules are loaded; $NAME or ${NAME} in a value is the
+            job's variable, empty if it has none, and $$ a plain $.
         code: a directory of Python code that comes before any other; None: what is installed.
         python: the interpreter, in the container if there is one.
         prefix: what is put before the command of each process: a container's runtime, its options and its image.
@@ -102,6 +109,7 @@ class BatchScript:
             "# `sbatch` this file, and the run begins, or goes on where it is.",
             *(f"#SBATCH {option}" for option in _directives(self)),
             "set -euo pipefail",
+            _REMEMBER,
             "",
             *_settings(self),
             "",
@@ -137,7 +145,7 @@ def _directives(script: BatchScript) -> Iterator[str]:
         name, given, value = word.partition("=")
         yield _option(name, value) if given else name
     yield f"--signal=B:USR1@{script.warning}"
-    yield "--no-requeue" if script.chain else "--requeue"
+    yield "--no-requeue" if script.chain or script.attempts == 1 else "--requeue"
     yield "--open-mode=append"
     yield _option("--output", f"{logs}.out")
     yield _option("--error", f"{logs}.err")
@@ -166,12 +174,29 @@ def _environment(script: BatchScript) -> Iterator[str]:
     if script.modules:
         yield "set +eu # sites do not write these for it"
         yield "type module >/dev/null 2>&1 || . /etc/profile"
-        yield f"module load {shlex.join(script.modules)} || exit 1"
+        yield f'module load {shlex.join(script.modules)} || [ -n "${{HPCLR_EARLY:-}}" ] || exit 1'
         yield "set -eu"
     for name, value in script.environment.items():
-        yield f"export {name}={shlex.quote(value)}"
+        yield f"export {name}={_with_variables(name, value)}"
     if script.code is not None:
         yield f"export PYTHONPATH={shlex.quote(str(script.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+def _with_variables(name: str, value: str) -> str:
+    """A value as a word of bash, which puts in the job's variables and nothing else.
+
+    Raises:
+        UsageError: for a $ that stands for nothing.
+    """
+    word = ""
+    for text, dollar, plain, braced in _VARIABLE.findall(value):
+        word += f'"${{{plain or braced}:-}}"' if plain or braced else shlex.quote(text or "$")
+        if dollar and dollar != "$$" and not (plain or braced):
+            raise UsageError(
+                f"environment: {name}: {value!r} has a $ without the name of a variable, such as $PATH or ${{PATH}}, "
+                "after it; nothing else is replaced. Write $$ for a $."
+            )
+    return word or "''"
 
 
 def _launch(script: BatchScript) -> list[str]:

@@ -270,9 +270,10 @@ class Trainer:
         self.group.on_first(self.metrics.settle)
         reason = next(filter(None, self.group.gather(self.stop.reason)))
         idle = "nothing was trained, and " if self.position.step == self._began_at else ""
+        # of a job the batch script says what follows
+        advice = "" if reason.startswith("STOP (requeue") else "; the same command continues it"
         raise StopRequestedError(
-            f"{reason}: {idle}the run is saved at step {self.position.step} of {self.parts.total_steps}; "
-            "the same command continues it"
+            f"{reason}: {idle}the run is saved at step {self.position.step} of {self.parts.total_steps}{advice}"
         )
 
     def _finish(self) -> None:

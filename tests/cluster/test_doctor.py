@@ -14,7 +14,7 @@ import pytest
 
 from hpclr.cluster.doctor.collecting import Check, collect
 from hpclr.cluster.doctor.finding import Finding, failure, ok, warning
-from hpclr.cluster.doctor.judging import absent, lines, report
+from hpclr.cluster.doctor.judging import absent, lines, not_shared, report
 from hpclr.cluster.doctor.measuring import tournament
 from hpclr.cluster.doctor.notes import Note
 from hpclr.cluster.doctor.space import size
@@ -77,7 +77,8 @@ def test_a_check_that_fails_hangs_or_crashes_is_a_line_and_the_others_go_on():
         Check("leaving", lambda: sys.exit(0), 5),
         Check("last", lambda: [ok("last", "well")], 5),
     ]
-    began = time.monotonic()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before, began = children.read_text(), time.monotonic()
     hanging, stubborn, crashing, failing, leaving, last = collect(checks)
     assert time.monotonic() - began < 4
     assert hanging == [ok("before", "found"), failure("hanging", "no answer within 0.5 s", "look")]
@@ -88,8 +89,7 @@ def test_a_check_that_fails_hangs_or_crashes_is_a_line_and_the_others_go_on():
     assert "ValueError: no such thing" in failing[1].text
     assert leaving[0].level == "failure"
     assert last == [ok("last", "well")]
-    with pytest.raises(ChildProcessError):  # none is left
-        os.waitpid(-1, os.WNOHANG)
+    assert children.read_text() == before
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -120,6 +120,15 @@ def test_a_page_on_this_machine_says_what_works(tmp_path):
     assert done.returncode == ("failure" in done.stdout)
     assert f"{tmp_path} (" in found["files"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inside", ["", "/runs/digits"])
+def test_a_file_is_no_place_for_runs(inside, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    done = run([*DOCTOR, f"{tmp_path}/file{inside}"])
+    assert done.returncode == 2
+    assert f"{tmp_path}/file is no directory" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_programs_get_the_same_as_json(tmp_path):
@@ -163,7 +172,10 @@ def test_what_is_broken_is_named_with_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "fill", "said"),
-    [("size=256k", "head -c 1M /dev/zero >$0/full 2>/dev/null;", "No space left"), ("ro", "", "Read-only file system")],
+    [
+        ("size=256k", "head -c 1M /dev/zero >$0/full 2>/dev/null;", "No space left"),
+        pytest.param("ro", "", "Read-only file system", marks=SLOW),
+    ],
     ids=["full", "read-only"],
 )
 def test_a_disk_that_takes_nothing(options, fill, said, tmp_path):
@@ -197,9 +209,29 @@ def test_slow_nodes_are_named_and_how_to_leave_them_out():
     assert "to leave out n3, n1: --exclude=n3,n1" in lines(found)
 
 
-def test_of_two_nodes_the_slow_one_is_named():
-    found = report([note(r, f"n{r // 2 + 1}", product=(100.0, 50.0)[r // 2]) for r in range(4)], [])
+@pytest.mark.parametrize(("nodes", "exclusion"), [(2, ""), (3, "--exclude=n2")])
+def test_of_two_nodes_the_slow_one_is_named_but_nobody_left_out(nodes, exclusion):
+    found = report([note(r, f"n{r // 2 + 1}", product=50.0 if r // 2 == 1 else 100.0) for r in range(2 * nodes)], [])
     assert [line.nodes for line in found.lines] == [("n2",)]
+    assert found.exclusion() == exclusion
+    assert ("leave the node out" in found.lines[0].finding.advice) == bool(exclusion)
+
+
+def test_what_memory_may_have_kept_is_shown_but_not_judged():
+    speeds = {f"{disk} disk {what}": 100.0 for disk in ("run", "own") for what in ("read", "write")}
+    slow = {name: 10.0 for name in speeds if "read" in name}
+    found = report([note(r, f"n{r}", **(speeds | (slow if r == 1 else {}))) for r in range(4)], [])
+    assert found.lines == ()
+    assert found.table["n1"]["run disk read"] == 10
+
+
+def test_a_node_that_cannot_write_is_not_said_to_see_another_directory():
+    closed = failure("files", "/runs cannot be written to", "Make it writable.")
+    notes = [note(0, "n1"), note(1, "n1"), note(2, "n2", closed), note(3, "n2"), note(4, "n3")]
+    assert not_shared(Path("/runs"), notes[:4], {0, 1}) == []
+    (line,) = not_shared(Path("/runs"), notes, {0, 1})
+    assert line.nodes == ("n3",)
+    assert "/runs is another directory there than on n1" in line.finding.text
 
 
 def test_where_all_are_alike_nobody_is_slow():
@@ -242,7 +274,7 @@ def of_job(done: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", *(pytest.param(one, marks=SLOW) for one in ("alone", "mpirun"))])
+@pytest.mark.parametrize("launcher", ["alone", *(pytest.param(one, marks=SLOW) for one in ("torchrun", "mpirun"))])
 def test_a_job_on_this_machine_is_measured(launcher, tmp_path):
     mpirun = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe", "--bind-to", "none", "-n", "2"]
     start = {"alone": [], "torchrun": TORCHRUN, "mpirun": mpirun}[launcher]
@@ -310,6 +342,7 @@ def test_slurm_is_described(real_slurm, tmp_path):
     assert found["requeue"][0]["text"] == "by default"
 
 
+@pytest.mark.slow
 def test_silent_singletons_under_srun_are_named(real_slurm, tmp_path):
     body = "srun $DOCTOR {runs}; srun --mpi=pmix $DOCTOR {runs}"
     said = job(real_slurm, tmp_path, body, "--nodes=2", "--ntasks-per-node=1")

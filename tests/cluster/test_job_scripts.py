@@ -90,6 +90,14 @@ def test_a_run_that_is_saved_is_requeued_until_it_gets_no_further(path, tmp_path
     assert re.search("two starts in a row have not come beyond step 1 .*: submit the same script again", end.said)
 
 
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.stem != "apptainer"], ids=lambda path: path.stem)
+def test_a_signal_while_the_environment_is_prepared_is_not_lost(path, tmp_path):
+    place = place_for(path, tmp_path)
+    (place.file.parents[1] / ".venv" / "bin" / "activate").write_text("kill -USR1 $$")
+    end = place.start('touch "$RUN/started"')
+    assert (end.code, end.requeues, (place.run / "started").exists()) == (85, 1, False), end.said
+
+
 @each_script
 def test_numbers_may_be_set_before(path, tmp_path):
     place = place_for(path, tmp_path)

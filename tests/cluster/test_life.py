@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_hpclr_stop_ends_the_job_and_sbatch_goes_on(launcher, jobs):
+def test_hpclr_stop_ends_the_job_and_its_script_goes_on(launcher, jobs):
     job = jobs.submit(script(launcher, pause=0.05))
     jobs.await_step(20)
     done = command("stop", jobs.run)
@@ -35,9 +35,8 @@ def test_hpclr_stop_ends_the_job_and_sbatch_goes_on(launcher, jobs):
     assert jobs.codes() == [85]
     assert max(steps_kept(jobs.run)) < STEPS
     assert not (jobs.run / "STOP").exists()
-    again = re.search("ended as it was asked to. To go on: (sbatch .*)", jobs.said(job))
-    assert again is not None
-    jobs.ends(client.submit(Path(again[1].split()[1])), "COMPLETED")
+    assert f"ended as it was asked to. To go on: hpclr resume {jobs.run}\n" in jobs.said(job)
+    jobs.ends(client.submit(jobs.run / "submission" / "job.sh"), "COMPLETED")
     assert jobs.codes() == [85, 0]
     jobs.assert_each_sample_once()
     assert_same_run(jobs.local(), jobs.run)
@@ -53,7 +52,7 @@ def test_a_job_that_was_asked_to_end_when_its_node_died_does_not_go_on(jobs):
         assert jobs.ends(job, "COMPLETED").restarts == 1
     finally:
         jobs.cluster.do("start-node", "n1")
-    assert jobs.codes() == [None]
+    assert jobs.codes() == [85]
     assert "saved at step 10, and not started again as it was asked to" in jobs.said(job)
 
 

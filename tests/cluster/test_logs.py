@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from watching_helpers import Questions, attempt_with_log
+from watching_helpers import Questions, attempt_with_log, away_slurm
 
 from hpclr.cluster import logs
 from hpclr.cluster.logs import Choice, follow_logs, show_logs
@@ -80,7 +81,7 @@ def test_what_is_not_there(run):
     assert hpclr("logs", run, "-f").err.endswith("nothing writes any: the run is new\n")
     (run / "logs").mkdir()
     (run / "logs" / "7_0_log.err").write_text("no such partition\n")
-    assert hpclr("logs", run, "-f").err.endswith("the run is new; --job shows what its job has written\n")
+    assert hpclr("logs", run, "-f").err.endswith("the run is failed; --job shows what its job has written\n")
     log = attempt_with_log(run, "text\n")
     Heartbeat(log.with_suffix(".heartbeat"), 0, 4, "n1").write()
     assert "there is no attempt 2; it has 1" in hpclr("logs", run, "--attempt", 2).err
@@ -158,12 +159,46 @@ def test_a_run_that_was_done_before_is_followed_when_it_goes_on(run):
     assert "".join(shown) == "done\nmore\n"
 
 
+def test_following_goes_on_while_nobody_knows_of_the_job(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "_SLURM_PAUSE", 0.1)
+    (run / "logs").mkdir()
+    note_jobs(run, ("12",), "submit")
+    away_slurm(tmp_path, monkeypatch)
+    ended(attempt_with_log(run, "one\n"), 85)
+    with followed(run) as shown:
+        eventually(shown, "one\n")
+        time.sleep(1)
+        ended(attempt_with_log(run, "two\n"), 0)
+    assert "".join(shown) == "one\ntwo\n"
+    said = capsys.readouterr().err
+    assert said.count("the states of jobs are not known") == 1
+    assert said.count("unknown (Slurm does not say; by its files stopped)") == 1
+
+
+def test_the_log_of_a_run_that_a_sweep_trains_here(run):
+    (run / "logs").mkdir()
+    (run / "logs" / "local.log").write_text("hpclr: no such data\n")
+    assert hpclr("logs", run).out == "hpclr: no such data\n"
+    attempt_with_log(run, "one\n")
+    assert hpclr("logs", run).out == "one\n"
+
+
+def test_text_that_nobody_can_take(run):
+    attempt_with_log(run, "text\n")
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "hpclr", "logs", run]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20)
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (
+        75, ["hpclr: standard output cannot be written: No space left on device"],
+    )  # fmt: skip
+
+
 def test_slurm_is_asked_twice_a_minute(real_slurm, run, tmp_path, monkeypatch, capsys):
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 60\n")
     job = client.submit(script, ["--begin=now+1hour"])
     (run / "logs").mkdir()
-    note_jobs(run, (job,), "submit")
+    note_jobs(run, (job,), "submit", script)
     questions = Questions(tmp_path)
     monkeypatch.setenv("PATH", f"{questions.directory}{os.pathsep}{os.environ['PATH']}")
     with followed(run) as shown:
@@ -208,7 +243,7 @@ def submit_training(run: Path) -> str:
     (place / "job.sh").write_text(script.text())
     (run / "logs").mkdir()
     job = client.submit(place / "job.sh")
-    note_jobs(run, (job,), "submit")
+    note_jobs(run, (job,), "submit", place / "job.sh")
     return job
 
 

@@ -66,6 +66,13 @@ def test_every_key_is_read(own):
     )
 
 
+def test_a_profile_is_shared_by_users(own, monkeypatch):
+    monkeypatch.setenv("USER", "mia")
+    monkeypatch.setenv("PROJECT", "/project/p1")
+    (own / "x.yaml").write_text("container: {binds: ['/scratch/$USER:/scratch:ro', '${PROJECT}/data', /a$$b]}")
+    assert load_profile("x").container.binds == ("/scratch/mia:/scratch:ro", "/project/p1/data", "/a$b")
+
+
 def test_an_empty_profile_is_one(own):
     (own / "x.yaml").write_text("# nothing\n")
     assert load_profile("x") == Profile()
@@ -119,12 +126,16 @@ def test_names_that_are_none(own):
             "container: {runtime: docker}",
             "line 1: container.runtime must be one of apptainer, singularity, charliecloud",
         ),
-        ("container:\n  binds: [$HOME]", "line 1: container: cannot bind '$HOME' into the container"),
+        ("container:\n  binds: [~/data]", "line 1: container: cannot bind '~/data' into the container: expected"),
+        ("container:\n  binds: [/a/$NOBODYS]", "line 1: container: cannot bind '/a/$NOBODYS' into the container: the "),
+        ("container:\n  binds: [/a/$EMPTY]", "line 1: container: cannot bind '/a/$EMPTY' into the container: the vari"),
+        ("container:\n  binds: [/a/$(id)]", "line 1: container: cannot bind '/a/$(id)' into the container: it has a $"),
         ("- 1", ": a cluster profile must be a section with keys such as description, found [1]"),
         ("a: 1\na: 2", "line 2: the key a is given twice"),
     ],
 )
-def test_what_no_profile_can_say_is_refused(own, text, message):
+def test_what_no_profile_can_say_is_refused(own, text, message, monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
     assert refusal(own, text).startswith(message)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watching_helpers import Questions, attempt_with_log, killed_in, owned_elsewhere, unfinished
+from watching_helpers import Questions, attempt_with_log, away_slurm, killed_in, owned_elsewhere, unfinished
 
 from hpclr.cli import status as command
 from hpclr.cluster import progress
@@ -32,6 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from training_helpers import hpclr, records, run_file, steps_kept, summary
 
 JOB = "#!/bin/bash\n#SBATCH --output=/dev/null --time=10\nsleep 60\n"
+FORGOTTEN = "Slurm no longer knows its job"
 FAILS = "#!/bin/bash\n#SBATCH --output=/dev/null --time=10\nexit 2\n"
 
 
@@ -112,7 +114,7 @@ def test_a_run_that_trains_elsewhere_is_judged_by_its_heartbeats(age, state, tra
     for path in [*run.glob(".locks/*"), *run.glob("logs/*/*.heartbeat")]:
         os.utime(path, (time.time() - age,) * 2)
     found = status_of(run)
-    assert (found.state, found.live, found.job) == (state, state == "training", "77")
+    assert (found.state, found.live, found.job) == (state, True if state == "training" else None, "77")
     assert found.reason == ("on n7" if state == "training" else "no sign of life for 10 min")
 
 
@@ -246,15 +248,49 @@ def test_which_job_of_a_run_is_shown(states, expected):
 def test_a_slurm_that_does_not_answer(trained, tmp_path, monkeypatch):
     run = unfinished(trained, tmp_path / "run", Outcome(85, "saved"))
     note_jobs(run, ("12",), "submit")
-    for name in ("sbatch", "squeue"):
-        (tmp_path / name).write_text("#!/bin/bash\necho Unable to contact slurm controller >&2\nexit 1\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    away_slurm(tmp_path, monkeypatch)
     done = hpclr("status", run)
-    assert (done.code, "stopped" in done.out) == (0, True)
+    assert (done.code, "unknown (Slurm does not say; by its files stopped)  12 " in done.out) == (0, True)
     assert "the states of jobs are not known: squeue has failed" in done.err.replace(" --noheader", "")
     done = hpclr("cancel", run)
     assert (done.code, "Unable to contact" in done.err) == (75, True)
+    (found,) = json.loads(hpclr("status", "--json", run).out)
+    assert (found["state"], found["live"], found["job"]) == ("unknown", None, "12")
+    (run / "summary.json").touch()
+    assert (status_of(run).summary, status_of(run).live) == ("finished", False)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.yaml", "environment.json", "logs/attempt-01/exit.json"])
+def test_a_pipe_does_not_hold_up_who_looks(name, trained, tmp_path, without_slurm):
+    run = unfinished(trained, tmp_path / "run", Outcome(85, "saved"))
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    if name == "run.yaml":  # it is read where no attempt has recorded the number of steps
+        (run / "environment.json").unlink()
+    looking = [sys.executable, "-m", "hpclr", "status", "--json", run]
+    (found,) = json.loads(subprocess.run(looking, capture_output=True, timeout=20).stdout)
+    assert found["saved_step"] == 15
+
+
+def test_a_name_of_two_lines_is_one_row(trained, tmp_path, without_slurm):
+    run = unfinished(trained, tmp_path / "two\nlines", Outcome(1, "failed\nin two ways"))
+    _, row, why = hpclr("status", run).out.splitlines()
+    assert row.startswith("two\\nlines  failed")
+    assert why.endswith("two\\nlines: failed\\nin two ways")
+
+
+@pytest.mark.parametrize("log", ["local.log", "7_0_log.err"])
+def test_why_a_run_has_failed_before_its_first_attempt(log, tmp_path, without_slurm):
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "submission").mkdir()
+    (run / "logs" / log).write_text("Loading a module\nhpclr: warning: it is slow\n")
+    assert status_of(run).state == "new"
+    with (run / "logs" / log).open("a") as file:
+        file.write("hpclr: digits.h5: the dataset cannot be opened\n\n")
+    assert hpclr("status", run).out.splitlines()[1].split()[:3] == ["run", "failed", "–"]
+    assert hpclr("status", run).out.splitlines()[2] == f"{run}: digits.h5: the dataset cannot be opened"
+    assert status_of(run).progress.complaint == "digits.h5: the dataset cannot be opened"
 
 
 # On a real Slurm
@@ -270,7 +306,7 @@ class Submitted:
         run = self.path / "runs" / name
         (run / "logs").mkdir(parents=True)
         (run / "submission").mkdir()
-        note_jobs(run, jobs, "submit")
+        note_jobs(run, jobs, "submit", self.path / "job.sh")
         return run
 
     def job(self, *options: str, text: str = JOB) -> str:
@@ -300,8 +336,8 @@ def test_jobs_of_all_kinds_with_one_question(submitted, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{questions.directory}:{os.environ['PATH']}")
     found = statuses(runs)
     assert len(questions.asked()) == 1
-    assert [status.summary for status in found] == ["RUNNING", "PENDING (BeginTime)", "new", "new"]
-    assert [status.job for status in found] == [running, waiting, None, None]
+    assert [status.summary for status in found] == ["RUNNING", "PENDING (BeginTime)", f"cancelled ({FORGOTTEN})", "new"]
+    assert [status.job for status in found] == [running, waiting, "999999", None]
     assert 0 < found[0].time_left <= 600
     assert 3000 < (found[1].starts - datetime.now()).total_seconds() <= 3600
     assert [status.live for status in found] == [True, True, False, False]
@@ -324,7 +360,7 @@ def test_elements_of_an_array(submitted, tmp_path, monkeypatch):
     assert [status.job for status in found] == [f"{array}_{number}" for number in range(3)]
     assert list(cancel(runs[1])) == [f"{array}_1"]  # and not the whole array, whose number it has while it waits
     assert [status.state for status in statuses(runs)][::2] == ["RUNNING", "PENDING"]
-    assert status_of(runs[1]).state == "new"
+    assert (status_of(runs[1]).summary, status_of(runs[1]).job) == (f"cancelled ({FORGOTTEN})", f"{array}_1")
 
 
 def test_cancel_ends_all_jobs_of_a_chain(submitted):
@@ -342,14 +378,50 @@ def test_cancel_ends_all_jobs_of_a_chain(submitted):
     assert not is_over(client.queue([other])[0])
     with pytest.raises(UsageError, match=f"none of its jobs {', '.join(chain)} that waits or runs"):
         cancel(run)
-    assert status_of(run).summary == "new (CANCELLED)"
+    assert status_of(run).summary == "cancelled"
+
+
+def test_a_job_that_is_over_says_nothing_of_who_trains_after_it(submitted, trained, tmp_path):
+    number = submitted.job("--hold")
+    run = unfinished(trained, tmp_path / "run", Outcome(85, "saved"))
+    note_jobs(run, (number,), "submit", submitted.path / "job.sh")
+    assert status_of(run).job == number
+    cancel(run)
+    assert (status_of(run).summary, status_of(run).job) == ("stopped (CANCELLED)", number)
+    time.sleep(1)
+    with locked(run):
+        found = status_of(run)
+        assert (found.state, found.job, found.time_left) == ("training", None, None)
+    assert (status_of(run).summary, status_of(run).job) == ("stopped", None)
+
+
+@pytest.mark.parametrize("waits", ["requeued", "chain"])
+def test_a_job_that_waits_to_go_on_can_be_asked_to_end(waits, submitted):
+    job = submitted.job()
+    submitted.cluster.wait(job, "RUNNING")
+    jobs = (job,) if waits == "requeued" else (job, submitted.job("--hold", f"--dependency=afternotok:{job}"))
+    run = submitted.run("waiting", jobs)
+    done = hpclr("stop", run)
+    assert (done.code, "hpclr cancel" in done.err) == (2, True)  # it has not begun, as far as it has written
+    if waits == "requeued":
+        client.requeue(job)
+        submitted.cluster.wait(job, "PENDING")
+    else:
+        (run / "logs" / "progress").write_text(f"{job} 0 0\n")
+        client.cancel([job])
+    done = hpclr("stop", run)
+    assert done.code == 0, done.err
+    assert f"Job {jobs[-1]} (PENDING) does not train now, and will not start training again" in done.out
+    assert (run / "STOP").read_text().startswith("end by ")
 
 
 def test_a_job_that_fails_before_it_trains(submitted):
     number = submitted.job(text=FAILS)
     submitted.cluster.wait(number)
     run = submitted.run("wrong", (number,))
+    (run / "logs" / f"{number}_0_log.err").write_text("hpclr: no such module\n")
     assert status_of(run).summary == "failed (FAILED)"
+    assert f"{run}: no such module\n" in hpclr("status", run).out
     done = hpclr("logs", "-f", run)
     assert (done.code, "the run is failed (FAILED)" in done.err) == (2, True)
 

@@ -47,6 +47,7 @@ def place(tmp_path, few_digits, monkeypatch):
     monkeypatch.setenv("HPCLR_RUNS", "runs")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site.yaml").write_text(SITE)
+    (tmp_path / "no-mpi.yaml").write_text("mpi: none\n")
     (tmp_path / "image.sif").touch()
     return make_place(tmp_path, few_digits)
 
@@ -121,12 +122,12 @@ def test_options_that_contradict_one_another_are_refused(words, said, place):
         ({"ntasks_per_node": None}, {}, "how many processes are to run on each node?"),
         ({"ntasks_per_node": 3}, {}, "data.batch_size is 64, which 3 processes (1 × 3) cannot share equally"),
         ({"gpus_per_node": 4}, {}, "2 processes and 4 GPUs per node"),
-        ({"gpus_per_node": 1}, {}, "2 processes and 1 GPUs per node"),
+        ({"gpus_per_node": 1}, {}, "2 processes and 1 GPU per node"),
         ({}, {"train": {"device": "cuda"}}, "train.device is cuda, but the job has no GPUs"),
         ({}, {"parallel": {"backend": "nccl"}}, "parallel.backend is nccl, but the job has no GPUs"),
         ({}, {"parallel": {"launcher": "mpi"}}, "parallel.launcher is mpi, but the processes are started by srun"),
         ({"launcher": "torchrun"}, {"method": {"svd": "heat"}}, "method.svd is heat, which needs MPI"),
-        ({}, {"method": {"svd": "heat"}}, "method.svd is heat, which needs MPI"),
+        ({"profile": "./no-mpi.yaml"}, {"method": {"svd": "heat"}}, "method.svd is heat, which needs MPI"),
         ({"time": "soon"}, {}, "--time 'soon': expected minutes, HH:MM:SS or D-HH:MM:SS"),
         ({"time": "2"}, {}, "--time 2 is 120 s, but the run is to save 120 s before the end"),
         ({"time": "10"}, {"slurm": {"margin": 700}}, "is 600 s, but the run is to save 700 s before the end"),
@@ -330,7 +331,6 @@ def test_a_submission_that_is_interrupted_leaves_nothing(place, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hpclr.slurm.client.submit", interrupted)
-    monkeypatch.setattr("hpclr.slurm.client.dry_run", lambda script: "")
     with pytest.raises(KeyboardInterrupt):
         submit(place.prepared())
     assert not place.run.exists()
@@ -366,7 +366,9 @@ def test_a_run_that_was_moved_is_not_resumed(place):
 @pytest.mark.parametrize("image", [None, "image.sif"], ids=["bare", "image"])
 def test_scripts_are_as_they_were_reviewed(launcher, image, place):
     """With the profile above; HPCLR_GOLDEN=write writes them anew."""
-    prepared = place.prepared(replace(GPUS, launcher=launcher, container=image, binds=("/extra",)), **TARGET)
+    prepared = place.prepared(
+        replace(GPUS, launcher=launcher, container=image, binds=("/extra",) if image else ()), **TARGET
+    )
     path = GOLDEN / f"{launcher}{'-image' if image else ''}.sh"
     text = prepared.text.partition("# --- From here on")[0]
     for found, stands_for in ((place.path, "/home/me"), (Path(sys.executable).parent, "/home/me/venv/bin")):
@@ -391,8 +393,10 @@ def test_a_container_sees_the_run_and_its_data(runtime, expected, place):
     for name in ("a.h5", "b.h5"):
         shutil.copy(place.path / "digits.h5", place.path / "in" / name)
     (place.path / "w.pt").touch()
+    image = place.path / ("image.sif" if runtime == "apptainer" else "image")
+    image.is_file() or image.mkdir()
     sections = {"data": {"path": ["in/a.h5", "in/b.h5"]}, "model": {"name": "mlp", "weights": "w.pt"}}
-    resources = Resources(ntasks_per_node=2, container="image.sif", runtime=runtime)
+    resources = Resources(ntasks_per_node=2, container=str(image), runtime=runtime)
     words = place.prepared(resources, **sections).script.prefix
     bound = [word.removeprefix("--bind=") for word in words if word.startswith("--bind=")]
     assert bound == [text.format(place.path, place.run) for text in expected]

@@ -1,8 +1,11 @@
 """`hpclr sweep`: what it would do, training here, the table."""
 
+import contextlib
 import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +13,16 @@ import time
 
 import pytest
 from sweep_helpers import make_sweeps
-from training_helpers import summary
+from training_helpers import hpclr, summary
+from watching_helpers import attempt_with_log, away_slurm
 
+from hpclr.cluster.record import note_jobs
 from hpclr.cluster.sweep import local
 from hpclr.config import dump, load_run_file
+from hpclr.training.lock import locked
 
 GRID = {"optimizer.lr": [0.001, 0.003], "train.seed": [0, 1]}
+OTHER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 LONG = {"train": {"steps": 100_000}}
 
 
@@ -74,7 +81,11 @@ def test_runs_are_trained_here_and_only_once(sweeps):
     assert float(table["sweep-seed-1"]["test_accuracy"]) == found["test"]["accuracy"]
     assert int(table["sweep-seed-1"]["trainable"]) == found["sizes"]["trainable"]
     assert (table["sweep-seed-1"]["train.seed"], table["sweep-seed-1"]["state"]) == ("1", "finished")
-    assert (table["sweep-path-nothing.h5"]["test_accuracy"], table["sweep-path-nothing.h5"]["state"]) == ("", "new")
+    failed = table["sweep-path-nothing.h5"]
+    assert failed["test_accuracy"] == ""
+    assert failed["state"].startswith("failed: nothing.h5: the dataset cannot be opened")
+    assert "\nruns/sweep-path-nothing.h5: nothing.h5: the dataset" in hpclr("status").out
+    assert "cannot be opened" in hpclr("logs", "runs/sweep-path-nothing.h5").out
     assert load_run_file(sweeps.runs / "sweep-seed-0" / "run.yaml").train.threads == max(1, cores() // 2)
     assert "runs/sweep-seed-0\n" in (sweeps.runs / "sweep-seed-0" / "logs" / "local.log").read_text()
 
@@ -95,6 +106,71 @@ def test_a_run_that_is_to_be_longer_is_not_finished(sweeps):
     assert "4 runs in runs, of which 3 are to be started" in done.out
     done = sweeps.sweep(grid=GRID, base={"train": {"steps": 14}})
     assert "4 runs in runs, of which 4 are to be started" in done.out
+    done = sweeps.sweep("--table", grid=GRID, base={"train": {"steps": 14}})
+    best = rows(done)[0]
+    assert (best[:4], best[-1]) == (["0.001", "0", "50.00%", "13"], "stopped (at step 13)")
+    assert {row[-1] for row in rows(done)[4:]} == {"0 of 2"}
+
+
+def test_a_damaged_summary_is_named_and_hides_no_other(sweeps):
+    for content in ("{", "[]", '{"steps": "x"}', "\udcff"):
+        invented(sweeps, "sweep-lr-0.001-seed-0", 0.5)
+        invented(sweeps, "sweep-lr-0.001-seed-1", 0.7)
+        file = sweeps.runs / "sweep-lr-0.001-seed-0" / "summary.json"
+        file.write_text(content, errors="surrogateescape")
+        done = sweeps.sweep("--csv", "results.csv", grid=GRID)
+        assert done.code == 0, done.err
+        with open("results.csv") as table:
+            states = {row["name"]: row["state"] for row in csv.DictReader(table)}
+        damaged = states.pop(file.parent.name)
+        assert damaged.startswith(f"damaged: runs/{file.parent.name}/summary.json cannot be read: ")
+        assert sorted(states.values()) == ["finished", "new", "new"]
+        assert "of which 2 are to be started" in sweeps.sweep(grid=GRID).out
+        shutil.rmtree(sweeps.runs)
+
+
+def test_runs_whose_jobs_nobody_knows_of_are_not_trained_here(sweeps, monkeypatch):
+    parts = {"base": {"train": {"steps": 3}}, "grid": {"train.seed": [0, 1]}}
+    run = sweeps.runs / "sweep-seed-0"
+    (run / "submission").mkdir(parents=True)
+    (run / "logs").mkdir()
+    note_jobs(run, ("12_0",), "sweep")
+    away_slurm(sweeps.path, monkeypatch)
+    done = sweeps.sweep("--local", 1, **parts)
+    assert done.code == 75
+    assert "not trained here: sweep-seed-0: whether their jobs wait or run is not known" in done.err
+    assert sweeps.finished() == {"sweep-seed-1"}
+
+
+@pytest.mark.parametrize("when", ["before", "at once"])
+def test_a_run_that_another_sweep_trains_is_left_to_it(when, sweeps, monkeypatch):
+    """Somebody takes its directory after the plan was made: before its turn, or when its process has just started."""
+    points = sweeps.load(base={"train": {"steps": 3}}, grid={"train.seed": [0]}).points
+    run = sweeps.runs / points[0].name
+    if when == "at once":
+        look, looks = local._elsewhere, iter([lambda *_: None])
+        monkeypatch.setattr(local, "_elsewhere", lambda *about: next(looks, look)(*about))
+    run.mkdir(parents=True)
+    attempt_with_log(run)
+    with locked(run):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = local.train_here(points, sweeps.runs, sweeps.path, 1, lambda *_: None)
+    assert (code, (run / "run.yaml").exists()) == (0, False)
+    assert f"{run.name}: is left alone, as it is trained elsewhere: training (on " in said.getvalue()
+    assert ("is in use by" in said.getvalue(), (run / "logs" / "local.log").exists()) == (False, when == "at once")
+
+
+def test_only_what_a_run_has_said_since_its_start_tells_why_it_has_failed(sweeps, monkeypatch):
+    (point,) = sweeps.load(grid={"train.seed": [0]}).points
+    log = sweeps.runs / point.name / "logs" / "local.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("hpclr: what was wrong before\n")
+    monkeypatch.setattr(local, "_command", lambda runs, file: [sys.executable, "-c", "raise SystemExit(3)"])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert local.train_here([point], sweeps.runs, sweeps.path, 1, lambda *_: None) == 1
+    assert f"{point.name}: failed (exit code 3): it has said nothing [{log}]" in said.getvalue()
 
 
 def test_the_gpus_are_dealt_out(monkeypatch):
@@ -104,7 +180,7 @@ def test_the_gpus_are_dealt_out(monkeypatch):
     assert local._gpu(0) == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *(pytest.param(s, marks=pytest.mark.slow) for s in OTHER_SIGNALS)])
 def test_a_signal_saves_the_runs_and_starts_no_other(number, sweeps):
     file = sweeps.write(base=LONG, grid={"train.seed": [0, 1, 2]})
     command = [sys.executable, "-m", "hpclr", "sweep", str(file), "--local", "2"]
@@ -130,7 +206,13 @@ def test_a_run_of_another_run_file_is_found_before_anything_starts(sweeps):
     done = sweeps.sweep("--local", 1, grid=GRID, base={"model": {"name": "mlp", "hidden": [8]}})
     assert done.code == 2
     assert done.err.count("holds a run of another run file") == 2
+    assert "give the sweep another name, with `name:` in its file" in done.err
+    assert ("name=" in done.err, "--fresh" in done.err) == (False, False)
     assert len(list(sweeps.runs.iterdir())) == 2
+    shutil.rmtree(sweeps.runs)
+    (sweeps.runs / "sweep-lr-0.001-seed-0" / "other").mkdir(parents=True)
+    done = sweeps.sweep(grid=GRID)
+    assert (done.code, "exists but holds no run" in done.err, "name=" in done.err) == (2, True, False)
 
 
 def test_the_table_has_the_best_first_and_means_over_seeds(sweeps):

@@ -1,7 +1,10 @@
 """`hpclr sweep --submit`: a job array on a real Slurm, each of whose elements is a run with a life of its own."""
 
 import os
+import shutil
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -143,8 +146,43 @@ def test_a_sweep_is_submitted_once_and_trained(sweeps):
 
 def test_nothing_is_left_of_a_sweep_that_slurm_refuses(sweeps):
     done = sweeps.sweep(*CPU, "--", "--licenses=nothing", grid={"train.seed": [0, 1]})
-    assert (done.code, "sbatch --test-only has failed" in done.err) == (1, True), done.err
+    assert (done.code, "sbatch --parsable has failed" in done.err) == (1, True), done.err
     assert list(sweeps.runs.iterdir()) == []
+
+
+def slow_sbatch(sweeps, monkeypatch) -> Path:
+    """Has Slurm take the job, and says nothing of it; returns the file that shows when."""
+    real, flag = shutil.which("sbatch"), sweeps.path / "taken"
+    program = sweeps.path / "first" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\nanswer=$({real} "$@") || exit; touch {flag}; exec >/dev/null 2>&1 sleep 20\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return flag
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_submission_that_is_interrupted_is_undone(number, sweeps, monkeypatch):
+    flag, file = slow_sbatch(sweeps, monkeypatch), sweeps.write(grid={"train.seed": [0, 1]})
+    words = [*map(str, CPU), "--profile", "./cluster.yaml", "--", "--hold"]
+    process = subprocess.Popen([sys.executable, "-m", "hpclr", "sweep", str(file), *words], stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not flag.exists():
+        assert (process.poll(), time.monotonic() < end) == (None, True)
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode != 0, b"interrupted; cancelled again: " in said) == (True, True), said
+    assert [job.state for job in client.queue() if job.state in ("RUNNING", "PENDING")] == []
+    assert list(sweeps.runs.iterdir()) == []
+
+
+def test_an_array_that_was_answered_too_late_counts(sweeps, monkeypatch):
+    slow_sbatch(sweeps, monkeypatch)
+    monkeypatch.setattr(client, "_PATIENCE_OF_SBATCH", 2.0)
+    job = submit(sweeps, "--", "--hold", grid={"train.seed": [0, 1]})
+    assert {found.id for found in client.queue() if found.state == "PENDING"} == {job}
+    assert [entry.jobs for entry in submitted(sweeps.runs / "sweep-seed-1")] == [(f"{job}_1",)]
 
 
 def test_an_array_has_no_more_elements_than_the_cluster_takes(real_slurm):

@@ -1,11 +1,14 @@
 """What the tests of watching runs share: run directories in every condition, and a count of the questions to Slurm."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from hpclr.parallel.watch.attempt import attempt_directory, next_attempt
 from hpclr.parallel.watch.outcome import Outcome, record_outcome
@@ -49,6 +52,14 @@ def attempt_with_log(run: Path, text: str = "", rank: int = 0) -> Path:
     log = attempt_directory(run, next_attempt(run)) / f"rank-{rank:04d}.log"
     log.write_text(text)
     return log
+
+
+def away_slurm(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of a Slurm whose controller does not answer, first on PATH."""
+    for name in ("sbatch", "squeue"):
+        (directory / name).write_text("#!/bin/bash\necho Unable to contact slurm controller >&2\nexit 1\n")
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
 class Questions:

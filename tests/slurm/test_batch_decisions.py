@@ -1,10 +1,13 @@
 """What a batch script does after its processes have ended, and with signals: run for real, by bash, without Slurm."""
 
+import shlex
 import signal
 from dataclasses import replace
 
 import pytest
 from script_helpers import PLAIN, Place
+
+from hpclr.parallel.watch.outcome import read_outcome
 
 REQUEUED = 85  # what the script itself then ends with, which Slurm does not look at
 
@@ -64,7 +67,7 @@ def test_the_outcome_decides(ends, code, requeues, place):
 def test_whoever_asks_to_end_is_obeyed(request_, code, expected, requeues, place):
     end = place.start(f"printf '{request_}' >\"$RUN/STOP\"; attempt {code}; exit 1")
     assert (end.code, end.requeues) == (expected, requeues), end.said
-    assert ("To go on: sbatch " in end.said) == (requeues == 0 and code != 1)
+    assert ("To go on: hpclr resume " in end.said) == (requeues == 0 and code != 1)
 
 
 def test_the_number_of_starts_is_limited(place):
@@ -95,6 +98,38 @@ def test_without_progress_there_are_two_starts(steps, goes_on, place):
     assert ("two starts in a row" in end.said) == (not goes_on)
     lines = (place.run / "logs" / "progress").read_text().splitlines()
     assert lines == [f"7 {restart} {before}" for restart, before in enumerate([0, *steps[:-1]])]
+
+
+LOST = "attempt ''; kill -KILL $PPID; exit 1"  # the node, with script and processes
+
+
+def test_a_run_that_costs_its_node_is_not_started_for_ever(place):
+    """Slurm starts the job again by itself, without asking the script."""
+    assert place.start(LOST).code == place.start(LOST, restart=1).code == -signal.SIGKILL
+    end = place.start('touch "$RUN/started"', restart=2)
+    assert (end.code, end.requeues, (place.run / "started").exists()) == (1, 0, False)
+    assert "not started again: two starts in a row have not come beyond step 0" in end.said
+    outcomes = [read_outcome(place.run / "logs" / f"attempt-0{number}") for number in (1, 2)]
+    assert outcomes[0] is None
+    assert outcomes[1].name == "retry"
+    assert "two starts in a row" in outcomes[1].message
+
+
+def test_a_run_that_gets_further_is_started_again_however_it_ended(place):
+    for restart in range(4):
+        assert place.start(f"checkpoint {restart + 1}; {LOST}", restart=restart).code == -signal.SIGKILL
+    assert place.start("exit 0", restart=4).code == 0
+
+
+def test_the_number_of_starts_is_limited_whoever_starts_it(place):
+    end = place.start('touch "$RUN/started"', restart=20)
+    assert (end.code, end.requeues, (place.run / "started").exists()) == (1, 0, False)
+    assert "not started again: the last of 20 starts has ended" in end.said
+
+
+def test_who_goes_on_is_told_a_command_that_works(place):
+    end = place.start('echo end by mia >"$RUN/STOP"; attempt 85; exit 1')
+    assert shlex.split(end.said.partition("To go on: ")[2]) == ["hpclr", "resume", str(place.run)]
 
 
 def test_a_checkpoint_counts_once_it_is_committed(place):
@@ -153,7 +188,38 @@ def test_a_chain_ends_without_progress(place):
     assert place.start("attempt 75; exit 1", **FOLLOWER).code == 1
 
 
+def test_who_cancels_a_link_is_told_how_to_end_the_chain(place):
+    chain(place).squeue = "echo '7 CANCELLED by 0 None'"
+    end = place.start("attempt 85; exit 1")
+    assert (end.code, end.requeues) == (85, 0)
+    said = end.said.partition("If cancelled: the next job of the chain goes on, if there is one; ")[2]
+    assert shlex.split(said)[:4] == ["hpclr", "cancel", str(place.run), "ends"]
+
+
 # --- signals
+
+
+@pytest.mark.parametrize("number", ["USR1", "USR2", "TERM"])
+@pytest.mark.parametrize(
+    ("program", "does"), [("module", "exit 0"), ("module", "exit 1"), ("mkdir", 'exec /bin/mkdir "$@"')]
+)
+def test_a_signal_before_the_launch_costs_no_start(program, does, number, place):
+    """Also where it ends, with the script's first commands, what those do; the next start has a step to go on from."""
+    place.script = replace(place.script, modules=["a"])
+    place.program("module", "true")
+    place.program(program, f"kill -{number} $PPID; {does}")
+    end = place.start('touch "$RUN/started"')
+    assert (end.code, end.requeues, (place.run / "started").exists()) == (REQUEUED, 1, False), end.said
+    assert f"signal {number}: the processes are not started" in end.said
+    assert (place.run / "logs" / "progress").read_text() == ""
+    assert place.stop_file() is None
+
+
+def test_signals_before_every_launch_come_to_an_end(place):
+    place.program("mkdir", 'kill -TERM $PPID; exec /bin/mkdir "$@"')
+    assert place.start("exit 0", restart=18).requeues == 1
+    end = place.start("exit 0", restart=19)
+    assert (end.code, end.requeues) == (1, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
@@ -203,11 +269,14 @@ def test_a_request_that_was_obeyed_is_gone(place):
 @pytest.mark.parametrize(("request_", "starts"), [("end by mia\n", False), ("requeue preempted\n", True)])
 def test_a_job_that_was_asked_to_end_and_lost_its_node_ends(request_, starts, place):
     """Slurm has requeued it, without a word from the script."""
-    place.start("checkpoint 5; exit 85")
+    place.start(f"checkpoint 5; {LOST}")
     (place.run / "STOP").write_text(request_)
     end = place.start('touch "$RUN/started"; exit 0', restart=1)
     assert (end.code, (place.run / "started").exists()) == (0, starts)
     assert ("saved at step 5, and not started again" in end.said) == (not starts)
+    outcome = read_outcome(place.run / "logs" / "attempt-01")
+    assert (outcome is None) == starts
+    assert starts or (outcome.name, "saved at step 5" in outcome.message) == ("saved", True)
     assert (place.stop_file() is None) == (not starts)
 
 

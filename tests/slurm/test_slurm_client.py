@@ -69,7 +69,8 @@ def listing(*jobs: tuple[str, ...]) -> str:
 def test_a_listing_of_jobs(answers):
     waits = ("8", "a|b\nc", "main,gpu", "PENDING", "Nodes required for job are DOWN", "2-4", "", "0:00", "2-00:00:00")
     runs = ("9", "", "main", "INVENTED", "None", "2", "n[1-2]", "1:02", "UNLIMITED")
-    out = listing((*waits, "1", "N/A", "afternotok:7(unfulfilled)"), (*runs, "0", "2026-11-21T11:35:09", "(null)"))
+    waits += ("1", "N/A", "afternotok:7(unfulfilled)", "/runs/a b/submission/job.sh arg")
+    out = listing(waits, (*runs, "0", "2026-11-21T11:35:09", "(null)", "(null)"))
     answers("squeue", out + "a line that is not understood\n")
     first, second = client.queue()
     assert (first.id, first.name, first.partition, first.state) == ("8", "a|b\nc", "main,gpu", "PENDING")
@@ -77,6 +78,7 @@ def test_a_listing_of_jobs(answers):
     assert (first.reason, first.dependency) == ("Nodes required for job are DOWN", "afternotok:7(unfulfilled)")
     assert (second.state, second.time_used, second.time_left, second.dependency) == ("INVENTED", 62, None, "")
     assert second.start == datetime(2026, 11, 21, 11, 35, 9)
+    assert (first.command, second.command) == ("/runs/a b/submission/job.sh arg", "")
 
 
 def test_jobs_that_slurm_has_forgotten(answers):

@@ -168,6 +168,13 @@ def test_asked_during_a_save(saved, background, steered):
 
 
 @pytest.mark.usefixtures("always_looking")
+def test_of_a_job_the_batch_script_says_what_follows(steered):
+    steered.train(in_step(2, lambda: steered.ask("requeue signal USR1 from Slurm\n")))
+    said = f"STOP (requeue: signal USR1 from Slurm): the run is saved at step 2 of {STEPS}"
+    assert steered.outcome()["message"] == said
+
+
+@pytest.mark.usefixtures("always_looking")
 def test_a_file_left_from_before_stops_nothing(steered):
     """Neither before there is a run nor in one that continues, nor in one that is finished."""
     steered.bench.run.mkdir(parents=True)

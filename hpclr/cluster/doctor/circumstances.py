@@ -59,7 +59,7 @@ def look_around(directory: Path | None, *, strict: bool) -> Circumstances:
         strict: it must be clear which process this is.
 
     Raises:
-        UsageError: if it is not; or if the run's file cannot be read.
+        UsageError: if it is not; if the run's file cannot be read; or if there is a file instead of the directory.
     """
     asked = runs_directory(None) if directory is None else directory
     settings = _settings(asked)
@@ -79,6 +79,12 @@ def _settings(run: Path) -> Parallel:
 
 
 def _nearest(path: Path) -> Path:
-    """The deepest directory on the way to a path that is there."""
+    """What is there of the way to a directory."""
     whole = path.absolute()
-    return next(place for place in (whole, *whole.parents) if place.is_dir())
+    there = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+    if not os.path.isdir(there):
+        raise UsageError(
+            f"cannot look at {path}: expected a run directory, or where one will be, but {there} is no directory. "
+            "Give the directory of a run, or none to look at where runs live (HPCLR_RUNS, else ./runs)."
+        )
+    return there

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
+from hpclr.cluster.progress import LOCAL_LOG, last_words
 from hpclr.cluster.sweep.points import Point
+from hpclr.cluster.sweep.standing import Standing, standings
 from hpclr.config import dump
-from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE
+from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, UsageError
 from hpclr.files import write_whole
 from hpclr.output import printable, say
 from hpclr.parallel.launch import SIGNALS, visible_gpus
 from hpclr.training.run_directory import writing
 
-LOG = Path("logs", "local.log")
 _POLL = 0.1  # seconds
 _BETTER_FIRST = (0, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, EXIT_ERROR)
 
@@ -29,8 +31,8 @@ def train_here(
 ) -> int:
     """Trains runs, or continues them; one that fails does not hold up the others.
 
-    The signals INT, TERM and HUP let those that are under way save and end, and no other is started; a second Ctrl-C
-    ends them at once.
+    Runs at which somebody else is when their turn comes are left to them. The signals INT, TERM, HUP, USR1 and USR2 let
+    those that are under way save and end, and no other is started; a second Ctrl-C ends them at once.
 
     Args:
         points: the runs.
@@ -51,7 +53,9 @@ def train_here(
             if processes.stopping:
                 waiting.clear()
             time.sleep(_POLL)
-            if processes.reap():
+            before = len(processes.codes)
+            processes.reap()
+            if len(processes.codes) > before:
                 show(len(processes.codes), len(points))
     codes = processes.codes + [EXIT_REQUEUE] * (len(points) - len(processes.codes))
     return max(codes, key=_BETTER_FIRST.index, default=0)
@@ -63,6 +67,23 @@ def _run_file(point: Point, directory: Path) -> Path:
     with writing(directory):
         write_whole(file, dump(point.run).encode())
     return file
+
+
+def _elsewhere(point: Point, runs: Path) -> Standing | None:
+    """How a run is that needs nobody here: another process has it, or has finished it; None if it does."""
+    try:
+        found = standings([point], runs)[point.name]
+    except UsageError:  # the run says it itself
+        return None
+    return None if found.waits else found
+
+
+class _Started(NamedTuple):
+    """A run whose process is under way; what it says is in its log from the byte `began` on."""
+
+    point: Point
+    process: subprocess.Popen[bytes]
+    began: int
 
 
 class _Processes:
@@ -78,7 +99,7 @@ class _Processes:
         self.stopping = False
         self._hurries = False
         self._runs, self._at_once = runs, at_once
-        self._running: dict[int, tuple[Point, subprocess.Popen[bytes]]] = {}  # by the place that each has
+        self._running: dict[int, _Started] = {}  # by the place that each has
 
     @property
     def running(self) -> bool:
@@ -89,12 +110,16 @@ class _Processes:
         return not self.stopping and len(self._running) < self._at_once
 
     def start(self, point: Point, file: Path) -> None:
-        """Starts a run in the first place that is free."""
+        """Starts a run in the first place that is free, unless somebody else has started it meanwhile."""
+        if (found := _elsewhere(point, self._runs)) is not None:
+            self._leave(point, found)
+            return
         place = next(place for place in range(self._at_once) if place not in self._running)
         with writing(self._runs / point.name):
-            (self._runs / point.name / LOG).parent.mkdir(parents=True, exist_ok=True)
-            log = (self._runs / point.name / LOG).open("ab")
+            (self._runs / point.name / LOCAL_LOG).parent.mkdir(parents=True, exist_ok=True)
+            log = (self._runs / point.name / LOCAL_LOG).open("ab")
         with log:
+            began = log.seek(0, os.SEEK_END)
             process = subprocess.Popen(  # noqa: S603
                 [*_command(self._runs, file), *self._overrides(point)],
                 env=os.environ | _gpu(place),
@@ -103,7 +128,7 @@ class _Processes:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches this process only, which asks the others to save
             )
-        self._running[place] = (point, process)
+        self._running[place] = _Started(point, process, began)
         if self.stopping:  # asked meanwhile
             process.send_signal(signal.SIGTERM)
 
@@ -113,24 +138,35 @@ class _Processes:
             return ["parallel.launcher=single"]
         return ["parallel.launcher=single", f"train.threads={max(1, len(os.sched_getaffinity(0)) // self._at_once)}"]
 
-    def reap(self) -> bool:
-        """Takes note of those that have ended; returns whether there were any."""
-        before = len(self.codes)
-        for place, (point, process) in list(self._running.items()):
-            if process.poll() is not None:
+    def reap(self) -> None:
+        """Takes note of those that have ended."""
+        for place, started in list(self._running.items()):
+            if started.process.poll() is not None:
                 del self._running[place]
-                self.codes.append(self._ended(point, process.returncode))
-        return len(self.codes) > before
+                self._end(started, started.process.returncode)
 
-    def _ended(self, point: Point, code: int) -> int:
+    def _end(self, started: "_Started", code: int) -> None:
+        """One that has ended, or that could not begin since somebody else was quicker."""
+        found = _elsewhere(started.point, self._runs) if code == EXIT_USAGE else None
+        if found is None:
+            self.codes.append(self._ended(started, code))
+        else:
+            self._leave(started.point, found)
+
+    def _leave(self, point: Point, found: Standing) -> None:
+        say(printable(f"{point.name}: is left alone, as it is trained elsewhere: {found.words}"))
+        self.codes.append(EXIT_RETRY if found.unknown else 0)
+
+    def _ended(self, started: "_Started", code: int) -> int:
+        point = started.point
         if code == -signal.SIGTERM and self.stopping:
             code = EXIT_REQUEUE  # before it began to train
         if code in (0, EXIT_REQUEUE):
             say(f"{point.name}: {'finished' if code == 0 else 'stopped'}")
             return code
         how = f"failed (exit code {code})" if code > 0 else f"ended by {signal.Signals(-code).name}"
-        log = self._runs / point.name / LOG
-        say(printable(f"{point.name}: {how}: {_last_line(log)} [{log}]"))
+        log = self._runs / point.name / LOCAL_LOG
+        say(printable(f"{point.name}: {how}: {last_words(log, started.began) or 'it has said nothing'} [{log}]"))
         code = EXIT_RETRY if code < 0 else code
         return code if code in _BETTER_FIRST else EXIT_ERROR
 
@@ -144,10 +180,10 @@ class _Processes:
                     signal.signal(number, self._take)
             yield self
         finally:
-            for _, process in self._running.values():
-                process.send_signal(signal.SIGKILL if self._hurries else signal.SIGTERM)
-            for _, process in self._running.values():
-                process.wait()
+            for started in self._running.values():
+                started.process.send_signal(signal.SIGKILL if self._hurries else signal.SIGTERM)
+            for started in self._running.values():
+                started.process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -156,9 +192,9 @@ class _Processes:
             self._hurries = True
             raise KeyboardInterrupt
         self.stopping = True
-        for _, process in list(self._running.values()):
+        for started in list(self._running.values()):
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+                started.process.send_signal(signal.SIGTERM)
 
 
 def _command(runs: Path, file: Path) -> list[str]:
@@ -173,10 +209,3 @@ def _gpu(place: int) -> dict[str, str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = map(str, range(count)) if named is None else map(str.strip, named.split(","))
     return {"CUDA_VISIBLE_DEVICES": [device for device in devices if device not in ("", "-1")][place % count]}
-
-
-def _last_line(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it has said nothing"

@@ -115,9 +115,9 @@ class Results:
     def _means(self, groups: Sequence[Sequence[Row]]) -> Table:
         keys = [key for key in self._keys if key != _SEED]
         table = _table("mean ± standard deviation over seeds", keys, [*self._headings, "n"])
-        for group in sorted(groups, key=lambda rows: self._order(_mean([row.results[0] for row in rows]))):
+        for group in sorted(groups, key=lambda rows: self._order(_mean(_scores(rows)))):
             values = [value for key, value in zip(self._keys, group[0].values, strict=True) if key != _SEED]
-            done = [row.results for row in group if row.standing.summary is not None]
+            done = [row.results for row in group if row.standing.finished]
             columns = zip(*done, strict=True) if done else ([] for _ in self._forms)
             cells = [_spread(list(column), form) for column, form in zip(columns, self._forms, strict=True)]
             table.add_row(*map(_text, values), *cells, f"{len(done)} of {len(group)}")
@@ -146,6 +146,11 @@ def _found(summary: Mapping[str, Any] | None, place: Sequence[str]) -> float | N
     for key in place:
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, (int, float)) else None
+
+
+def _scores(rows: Sequence[Row]) -> list[float | None]:
+    """Of those that are finished."""
+    return [row.results[0] for row in rows if row.standing.finished]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

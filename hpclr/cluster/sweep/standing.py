@@ -1,15 +1,16 @@
 """How far the runs of a sweep have come, and which runs it once had that it has no longer."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hpclr.cluster.status import Status, runs_in, statuses
+from hpclr.cluster.progress import open_regular
+from hpclr.cluster.status import Status, on_one_line, runs_in, statuses
 from hpclr.cluster.sweep.points import Point, Sweep
-from hpclr.config import RunFile, load_run_file
+from hpclr.config import RunFile, differences, load_run_file
 from hpclr.errors import UsageError
 from hpclr.files import write_whole
 from hpclr.training.run_directory import RunDirectory, writing
@@ -25,13 +26,20 @@ class Standing:
         words: what it does, for a person.
         waits: whether it is to be started: it is not finished, and nobody is at it.
         step: the last that is saved; of a finished run the last of all.
-        summary: what a finished run has come to.
+        summary: what a finished run has come to, also if it is to be longer now.
+        unknown: whether it has a job of which nothing is known, so that it cannot be started.
     """
 
     words: str
     waits: bool
     step: int
     summary: Mapping[str, Any] | None = None
+    unknown: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end, and is not to be longer."""
+        return self.summary is not None and not self.waits
 
 
 def directory_of(sweep: Sweep, runs: Path) -> Path:
@@ -47,8 +55,9 @@ def standings(points: Sequence[Point], runs: Path) -> dict[str, Standing]:
     """
     _check_places(points, runs)
     finished = {point.name: _finished(point, runs) for point in points}
-    others = _of_others([runs / name for name, found in finished.items() if found is None], set(runs_in(runs)))
-    return {name: found or others[runs / name] for name, found in finished.items()}
+    open_ = [runs / name for name, found in finished.items() if found is None or found.waits]
+    others = _of_others(open_, set(runs_in(runs)))
+    return {name: _together(found, others.get(runs / name)) for name, found in finished.items()}
 
 
 def plan(sweep: Sweep, standing: Mapping[str, Standing], runs: Path) -> str:
@@ -98,14 +107,30 @@ def _recorded(sweep: Sweep, runs: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_places(points: Sequence[Point], runs: Path) -> None:
-    faults = []
-    for point in points:
-        try:
-            RunDirectory(runs / point.name).check(point.run)
-        except UsageError as error:
-            faults.append(str(error))
+    faults = [fault for point in points if (fault := _fault(RunDirectory(runs / point.name), point.run))]
     if faults:
-        raise UsageError("\n".join(faults))
+        raise UsageError(
+            "\n".join([*faults, "Take the changes back, or give the sweep another name, with `name:` in its file."])
+        )
+
+
+def _fault(directory: RunDirectory, asked: RunFile) -> str | None:
+    """Why a run cannot be started in its directory; None if it can."""
+    if directory.exists:
+        return _difference(directory, asked)
+    try:
+        directory.check_place()
+    except UsageError as error:
+        return str(error).removesuffix("; choose another name (name=…)")
+    return None
+
+
+def _difference(directory: RunDirectory, asked: RunFile) -> str | None:
+    try:
+        listed = differences(load_run_file(directory.run_file), asked)
+    except UsageError as error:
+        return str(error)
+    return f"{directory.path} holds a run of another run file. What differs: {'; '.join(listed)}" if listed else None
 
 
 def _of_others(unfinished: Sequence[Path], there: Container[Path]) -> dict[Path, Standing]:
@@ -116,19 +141,30 @@ def _of_others(unfinished: Sequence[Path], there: Container[Path]) -> dict[Path,
 def _standing(status: Status) -> Standing:
     progress = status.progress
     step = progress.saved_step or 0
-    words = status.summary if not progress.finished or status.live else f"stopped (at step {step})"  # to be longer now
-    return Standing(words, waits=not status.live, step=step)
+    words = status.summary if status.complaint is None else f"{status.summary}: {on_one_line(status.complaint)}"
+    return Standing(words, waits=status.live is False, step=step, unknown=status.live is None)
+
+
+def _together(found: Standing | None, other: Standing | None) -> Standing:
+    """What is known of a run by its results, and by what goes on in it."""
+    if found is None or other is None:
+        return found or other or Standing("new", waits=True, step=0)
+    return replace(found if other.waits else other, summary=found.summary)
 
 
 def _finished(point: Point, runs: Path) -> Standing | None:
-    """What a run has come to; None if it is not finished, or is to be longer now."""
+    """What a run has come to, which waits if it is to be longer now; None if it is not finished."""
     directory = RunDirectory(runs / point.name)
     if not (directory.exists and directory.summary.exists()):
         return None
-    if _length(load_run_file(directory.run_file)) != _length(point.run):
-        return None
-    summary = msgspec.json.decode(directory.summary.read_bytes(), type=dict[str, Any])
-    return Standing("finished", waits=False, step=summary["steps"], summary=summary)
+    try:
+        with open_regular(directory.summary) as file:
+            summary = msgspec.json.decode(file.read(), type=dict[str, Any])
+        step = msgspec.convert(summary.get("steps"), int)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        return Standing(f"damaged: {directory.summary} cannot be read: {error}", waits=False, step=0)
+    longer = _length(load_run_file(directory.run_file)) != _length(point.run)
+    return Standing(f"stopped (at step {step})" if longer else "finished", waits=longer, step=step, summary=summary)
 
 
 def _length(run: RunFile) -> tuple[int | None, int | None, int | None]:

@@ -12,6 +12,7 @@ from hpclr.cluster.record import note_jobs
 from hpclr.cluster.resources import Resources
 from hpclr.cluster.snapshot import placed
 from hpclr.cluster.submit import Prepared, prepare
+from hpclr.cluster.submitting import UnknownOutcomeError, hand_over, withdraw
 from hpclr.cluster.sweep.points import Point, Sweep
 from hpclr.cluster.sweep.standing import directory_of, remember
 from hpclr.errors import UsageError
@@ -78,28 +79,45 @@ def submit_array(array: PreparedArray, sweep: Sweep, runs: Path) -> str:
     Raises:
         SlurmError: if Slurm does not take it; all is then as it was before.
         UsageError: likewise, if there is no Slurm here, or a directory cannot be written to.
+        UnknownOutcomeError: if nobody can tell now whether Slurm took it; what the runs would need is then there.
     """
     with ExitStack() as undo:
         for run in array.runs:
             undo.enter_context(placed(run.directory, run.snapshot))
         script = undo.enter_context(_written(array))
-        client.dry_run(script)
-        job = client.submit(script)
+        jobs: list[str] = []
         try:
-            _note(array, job)
+            _hand_over(sweep, script, jobs)
+            _note(array, jobs[0], script)
             remember(sweep, runs)
-            script.rename(array.directory / "logs" / f"{job}_submission.sh")  # where slurm-tools look for it
-        except BaseException:
-            client.cancel([job])
+            script.rename(array.directory / "logs" / f"{jobs[0]}_submission.sh")  # where slurm-tools look for it
+        except UnknownOutcomeError:
             raise
-    return job
+        except BaseException as error:
+            withdraw(jobs, error)
+            raise
+    return jobs[0]
 
 
-def _note(array: PreparedArray, job: str) -> None:
+def _hand_over(sweep: Sweep, script: Path, jobs: list[str]) -> None:
+    """Submits the array, and puts its number into `jobs`, also if sbatch was cut short."""
+    try:
+        hand_over(script, (), (), jobs)
+    except UnknownOutcomeError as error:
+        raise UnknownOutcomeError(
+            "Whether the array was submitted is not known, as Slurm does not answer. Once it does, "
+            f"`squeue --me --name={sweep.name}` shows it if there is one: end it with `scancel`. Then submit "
+            "the sweep again."
+        ) from error
+    finally:
+        jobs[:] = sorted(jobs, key=int)[:1]  # the number of the array is the first; elements that run have others
+
+
+def _note(array: PreparedArray, job: str, script: Path) -> None:
     for number, run in enumerate(array.runs):
         with writing(run.directory):
             (run.directory / "logs").mkdir(exist_ok=True)
-            note_jobs(run.directory, (f"{job}_{number}",), "sweep")
+            note_jobs(run.directory, (f"{job}_{number}",), "sweep", script)
 
 
 @contextmanager

@@ -16,6 +16,7 @@
 #SBATCH --error=/home/me/runs/run/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
+for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
 RUN=/home/me/runs/run
 HPCLR_ATTEMPTS=20 # starts that the job may have
@@ -26,7 +27,7 @@ HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 export SLURM_EXPORT_ENV=ALL
 set +eu # sites do not write these for it
 type module >/dev/null 2>&1 || . /etc/profile
-module load GCC/13.3.0 CUDA || exit 1
+module load GCC/13.3.0 CUDA || [ -n "${HPCLR_EARLY:-}" ] || exit 1
 set -eu
 export PYTHONUNBUFFERED=1
 export NCCL_DEBUG=WARN

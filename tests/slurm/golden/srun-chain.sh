@@ -12,6 +12,7 @@
 #SBATCH --error=/work/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
+for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have

@@ -17,6 +17,7 @@
 #SBATCH --error=/work/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
+for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
@@ -27,10 +28,11 @@ HPCLR_PATIENCE=120 # seconds for which a requeue is tried
 export SLURM_EXPORT_ENV=ALL
 set +eu # sites do not write these for it
 type module >/dev/null 2>&1 || . /etc/profile
-module load devel/cuda/12.4 mpi/openmpi/5.0 || exit 1
+module load devel/cuda/12.4 mpi/openmpi/5.0 || [ -n "${HPCLR_EARLY:-}" ] || exit 1
 set -eu
 export NCCL_SOCKET_IFNAME=ib0
-export GREETING='it'"'"'s $HOME'
+export GREETING='it'"'"'s ''$'5
+export PATH='/opt/x y/bin:'"${PATH:-}"
 export PYTHONPATH=/work/runs/digits/submission/code${PYTHONPATH:+:$PYTHONPATH}
 
 launch() {

@@ -12,6 +12,7 @@
 #SBATCH --error=/work/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
+for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
 RUN=/work/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
@@ -41,16 +42,25 @@ launch() {
 #   HPCLR_CHAIN=no        yes: the job is not requeued but ends with 85, and the next of a chain of jobs goes on
 #   HPCLR_PATIENCE=120    seconds for which a requeue is tried
 
+# A signal that comes before the launcher runs would end the script. It is remembered, from here on.
+for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
+
 supervise() {
   local signal
   RUN=$1 HPCLR_ATTEMPTS=${HPCLR_ATTEMPTS:-20} HPCLR_CHAIN=${HPCLR_CHAIN:-no} HPCLR_PATIENCE=${HPCLR_PATIENCE:-120}
   shift
   trap 'rm -rf "${HPCLR_LAUNCH:-}"' EXIT
   begin
-  for signal in USR1 USR2 TERM; do trap "asked=yes; stop $signal" "$signal"; done
   HPCLR_DEADLINE=$(deadline)
   export HPCLR_LAUNCH HPCLR_DEADLINE
   [ -n "$HPCLR_DEADLINE" ] || unset HPCLR_DEADLINE
+  for signal in USR1 USR2 TERM; do trap "asked=yes; stop $signal" "$signal"; done
+  if [ -n "${HPCLR_EARLY:-}" ]; then
+    trap '' USR1 USR2 TERM
+    say "signal $HPCLR_EARLY: the processes are not started"
+    go_on 85
+  fi
+  echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(newest_step)" >>"$RUN/logs/progress"
   "$@" &
   # A signal to this script ends `wait`, not the launcher.
   while asked=no code=0; do
@@ -68,10 +78,10 @@ supervise() {
 
 say() { printf 'hpclr: %s\n' "$*" >&2; }
 
-# Prepares a start, unless there is to be none.
-# logs/progress has a line for each since the job, or its chain, first started: job, restart, step it began with.
+# Prepares a start, unless there is to be none. Slurm itself starts a job again that was preempted or has lost a node.
+# logs/progress has a line for each launch since the job, or its chain, first started: job, restart, step it began with.
 begin() {
-  local restart=${SLURM_RESTART_COUNT:-0} follows=no last
+  local restart=${SLURM_RESTART_COUNT:-0} follows=no last why
   mkdir -p "$RUN/logs"
   cp "$0" "$RUN/logs/${SLURM_JOB_ID}_submission.sh" 2>/dev/null || true # slurm-tools look for it
   rm -rf "$RUN/logs/.launch-$SLURM_JOB_ID-"* # of a start that was killed
@@ -83,10 +93,14 @@ begin() {
     say "an earlier job of this chain has ended it with exit code ${last#over }: nothing is left to do"
     exit "${last#over }"
   fi
-  first_step=$(newest_step)
-  if [[ -n $last && $(request) == end ]]; then obeyed 'not started again'; fi
-  earlier_step=$(sed -n 's/^[0-9]* [0-9]* \([0-9]*\)$/\1/p' "$RUN/logs/progress" | tail -n 1)
-  echo "$SLURM_JOB_ID $restart $first_step" >>"$RUN/logs/progress"
+  if [[ ($restart != 0 || $follows == yes) && $(request) == end ]]; then
+    record 85 saved "the job was lost, and not started again as it was asked to; saved at step $(newest_step)"
+    obeyed 'not started again'
+  elif why=$(enough "$restart"); then
+    record 75 retry "the job was lost, and not started again: $why"
+    say "not started again: $why; saved at step $(newest_step). $RUN/logs may tell more. $(again)"
+    over 1
+  fi
   # Where the processes say which attempt this is, or that they have failed before there was one.
   HPCLR_LAUNCH=$(mktemp -d "$RUN/logs/.launch-$SLURM_JOB_ID-XXXXXX")
   [ ! -e "$RUN/STOP" ] || ln "$RUN/STOP" "$HPCLR_LAUNCH/STOP" || true # by which an old request is known
@@ -154,6 +168,30 @@ outcome() {
   sed -n 's/^  "code": \([0-9]\{1,3\}\),\{0,1\}$/\1/p' "$place/exit.json" 2>/dev/null | grep . || echo "$code"
 }
 
+# Has the run had all its starts, or gained nothing in the last two? Says which.
+enough() { # STARTS
+  local steps step
+  step=$(newest_step)
+  mapfile -t steps < <(sed -n 's/^[0-9]* [0-9]* \([0-9]*\)$/\1/p' "$RUN/logs/progress" | tail -n 2)
+  if (($1 >= HPCLR_ATTEMPTS)); then
+    echo "the last of $HPCLR_ATTEMPTS starts has ended"
+  elif ((${#steps[@]} == 2 && step <= steps[1] && steps[1] <= steps[0])); then
+    echo "two starts in a row have not come beyond step $step"
+  else
+    return 1
+  fi
+}
+
+# Says how the newest attempt ended, if its processes could not.
+record() { # CODE OUTCOME MESSAGE
+  local place new=$RUN/.tmp-exit-$SLURM_JOB_ID
+  place=$(printf '%s\n' "$RUN"/logs/attempt-* | sort -V | tail -n 1)
+  [ -d "$place" ] || return 0
+  printf '{\n  "code": %d,\n  "outcome": "%s",\n  "message": "%s",\n  "time": "%s"\n}\n' \
+    "$@" "$(date --iso-8601=seconds)" >"$new" && mv -n "$new" "$place/exit.json" || true
+  rm -f "$new"
+}
+
 # A port of this node, the first of the job, on which nobody listens; those from 32768 on are given away by Linux.
 free_port() {
   local port=$((20000 + SLURM_JOB_ID % 10000))
@@ -177,7 +215,7 @@ obeyed() {
 # What a person does to have the run go on.
 again() {
   if [ -e "$RUN/submission/job.sh" ]; then
-    printf 'To go on: sbatch %q' "$RUN/submission/job.sh"
+    printf 'To go on: hpclr resume %q' "$RUN"
   else
     printf 'To go on: submit the same script again'
   fi
@@ -185,7 +223,7 @@ again() {
 
 # The run can go on. Should it, by itself?
 go_on() {
-  local code=$1 step
+  local code=$1 step why next
   step=$(newest_step)
   if [[ $(request) == end && $code == 85 ]]; then
     obeyed ended
@@ -193,13 +231,14 @@ go_on() {
     say "asked to end, but failed (exit code $code) before it could save; it was saved at step $step. $(again)"
     over "$code"
   elif cancelled; then
-    say "Slurm ends the job, which somebody has cancelled or requeued; saved at step $step. If cancelled: $(again)"
+    next=$(again)
+    if [ "$HPCLR_CHAIN" = yes ]; then
+      next=$(printf 'the next job of the chain goes on, if there is one; hpclr cancel %q ends the chain. %s' "$RUN" "$next")
+    fi
+    say "Slurm ends the job, which somebody has cancelled or requeued; saved at step $step. If cancelled: $next"
     exit "$code"
-  elif ((${SLURM_RESTART_COUNT:-0} + 1 >= HPCLR_ATTEMPTS)); then
-    say "the last of $HPCLR_ATTEMPTS starts has ended (exit code $code); it was saved at step $step. $(again)"
-    over 1
-  elif [ -n "$earlier_step" ] && ((step <= first_step && first_step <= earlier_step)); then
-    say "two starts in a row have not come beyond step $step (exit code $code); $RUN/logs may tell why. $(again)"
+  elif why=$(enough $((${SLURM_RESTART_COUNT:-0} + 1))); then
+    say "$why (exit code $code); saved at step $step. $RUN/logs may tell more. $(again)"
     over 1
   elif [ "$HPCLR_CHAIN" = yes ]; then
     say "exit code $code at step $step: the next job of the chain goes on. If this was the last one: $(again)"
