@@ -109,11 +109,12 @@ def _dense_surplus(site: WeightSite) -> int:
 
 
 def _gradient_surplus(site: WeightSite) -> int:
-    """How many bytes larger the gradient of the dense form of a converted weight is than that of Σ."""
+    """How many bytes larger the gradient of the dense form of a converted weight is than those of its factors."""
     if not (site.is_lowrank and site.parameter.requires_grad):
         return 0
     m, n = site.shape
-    return (m * n - site.parameter.numel()) * site.parameter.element_size()
+    reduced = sum(factor.numel() for factor in site.factors if factor.requires_grad)
+    return (m * n - reduced) * site.parameter.element_size()
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:

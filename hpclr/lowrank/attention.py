@@ -10,20 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpclr.lowrank.layers import LowRankModule, Slot
-from hpclr.lowrank.product import Factors, linear
-
-PACKED = Slot("in_proj_weight", "in_proj_")
-SEPARATE = (
-    Slot("q_proj_weight", "q_proj_"),
-    Slot("k_proj_weight", "k_proj_"),
-    Slot("v_proj_weight", "v_proj_"),
-)
+from hpclr.lowrank.product import Factors
 
 
 class AttentionWeights(LowRankModule):
     """The packed input projection (3E, E) is one matrix; separate ones are three."""
 
-    slots = (PACKED, *SEPARATE)
+    slots: tuple[Slot, ...] = (
+        Slot("in_proj_weight", "in_proj_"),
+        Slot("q_proj_weight", "q_proj_"),
+        Slot("k_proj_weight", "k_proj_"),
+        Slot("v_proj_weight", "v_proj_"),
+    )
 
 
 class LowRankAttention(AttentionWeights):
@@ -67,19 +65,23 @@ class LowRankAttention(AttentionWeights):
         return output, weights if batched else weights.squeeze(0)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        in_proj, *separate = self.slots
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if not self._qkv_same_embed_dim:
-            triples = zip((query, key, value), SEPARATE, biases, strict=True)
+            triples = zip((query, key, value), separate, biases, strict=True)
             return tuple(self._one_projection(x, slot, bias) for x, slot, bias in triples)
-        packed = self.factors(PACKED)
+        packed = self.factors(in_proj)
         if query is key and key is value:
-            return linear(query, packed, self.in_proj_bias).chunk(3, -1)
+            return self.arithmetic.linear(query, packed, self.in_proj_bias).chunk(3, -1)
         parts = (Factors(u, packed.sigma, packed.vh) for u in packed.u.chunk(3))
-        return tuple(linear(x, part, bias) for x, part, bias in zip((query, key, value), parts, biases, strict=True))
+        return tuple(
+            self.arithmetic.linear(x, part, bias)
+            for x, part, bias in zip((query, key, value), parts, biases, strict=True)
+        )
 
     def _one_projection(self, x: Tensor, slot: Slot, bias: Tensor | None) -> Tensor:
         if self.is_lowrank(slot):
-            return linear(x, self.factors(slot), bias)
+            return self.arithmetic.linear(x, self.factors(slot), bias)
         return F.linear(x, self.dense_weight(slot), bias)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
+from hpclr.lowrank.kinds import KINDS, Kinds
 from hpclr.lowrank.layers import lowrank_modules
 from hpclr.lowrank.ranks import RankRule
 from hpclr.lowrank.sites import Selection, WeightSite, select
+from hpclr.lowrank.svd_layers import CHANNEL, SPATIAL
 
 Rank = int | float | RankRule | Mapping[str, int] | None
 
@@ -46,7 +48,7 @@ def factorize(
     Raises:
         ValueError: for a pattern or a name that matches no layer, or a rank out of range.
     """
-    selection = select(model, include=include, exclude=exclude)
+    selection = select(model, include=include, exclude=exclude, kinds=KINDS)
     wanted = _ranks_wanted(rank, selection)
     reasons = selection.left_alone | {site.name: _factorize_site(site, wanted) for site in selection.eligible}
     sites = {site.name: site for site in selection.candidates}
@@ -142,17 +144,27 @@ def shape_model_like(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: if such a layer cannot be converted.
     """
     selection = select(model)
-    stored = [site for site in selection.candidates if _holds_factors(state, site)]
+    stored = {site: form for site in selection.candidates if (form := _form_stored(state, site))}
     for site in stored:
         if site.name in selection.left_alone:
             raise ValueError(
                 f"the state dict holds factors for layer '{site.name}', which cannot be converted: "
                 f"{selection.left_alone[site.name]}"
             )
-    for site in stored:
+    for site, form in stored.items():
+        site.take_form(form)
         site.set_rank(int(state[site.key(site.slot.names[1])].shape[0]))
 
 
-def _holds_factors(state: Mapping[str, Any], site: WeightSite) -> bool:
-    factors = all(site.key(name) in state for name in site.slot.names)
-    return factors and site.key(site.slot.weight) not in state
+def _form_stored(state: Mapping[str, Any], site: WeightSite) -> Kinds | None:
+    """The form in which `state` holds factors of a weight; None if it does not."""
+    for core, form in (("sigma", KINDS), ("s", CHANNEL)):
+        names = [site.key(name) for name in site.slot._replace(core=core).names]
+        if site.key(site.slot.weight) not in state and all(name in state for name in names):
+            return SPATIAL if form is CHANNEL and _is_spatial(state[names[0]], site.module) else form
+    return None
+
+
+def _is_spatial(u: Any, module: nn.Module) -> bool:
+    """Whether a convolution's U has out·kw rows, not out; where these are the same, so are the two forms."""
+    return bool(u.shape[0] != getattr(module, "out_channels", u.shape[0]))

@@ -15,23 +15,28 @@ from torch import Tensor, nn
 from hpclr.lowrank.kinds import TransposedWeight
 from hpclr.lowrank.layers import LowRankModule, Slot
 from hpclr.lowrank.product import Factors
+from hpclr.lowrank.svd_layers import SpatialWeight
 
 
 @dataclass(frozen=True)
 class FactoredWeight:
     """A dense weight, W = U Σ Vᵀ (transposed if it says so) in the given shape, and where its factors are.
 
+    Of Σ there may be only the diagonal.
+
     Attributes:
         weight: the dense weight's name in the state dict of the dense model.
-        factors: the names of U (m×k), Σ (k×k) and Vᵀ (k×n) in that of the factored one.
+        factors: the names of U (m×k), Σ (k×k, or k) and Vᵀ (k×n) in that of the factored one.
         shape: the dense weight's shape.
         transposed: whether the dense weight is the transpose of the product (Hugging Face's Conv1D).
+        spatial: whether the rows of the product are (out, kw) and its columns (in/groups, kh), of a convolution.
     """
 
     weight: str
     factors: tuple[str, str, str]
     shape: tuple[int, ...]
     transposed: bool = False
+    spatial: bool = False
 
 
 def factored_weights(model: nn.Module) -> dict[str, FactoredWeight]:
@@ -49,7 +54,8 @@ def _described(path: str, module: LowRankModule, slot: Slot) -> FactoredWeight:
     prefix = f"{path}." if path else ""
     u, sigma, vh = (prefix + name for name in slot.names)
     shape = module.from_matrix(torch.empty(module.matrix_shape(slot), device="meta"), slot).shape
-    return FactoredWeight(prefix + slot.weight, (u, sigma, vh), tuple(shape), isinstance(module, TransposedWeight))
+    transposed, spatial = isinstance(module, TransposedWeight), isinstance(module, SpatialWeight)
+    return FactoredWeight(prefix + slot.weight, (u, sigma, vh), tuple(shape), transposed, spatial)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -62,7 +68,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def looks_factored(names: Iterable[str]) -> str | None:
     """The name of an entry that by its name and those of its neighbours is a layer's Σ; None if there is none."""
     known = set(names)
-    stems = ((name, name.removesuffix("sigma")) for name in known if name.endswith("sigma"))
+    stems = ((name, name.removesuffix(core)) for core in ("sigma", "s") for name in known if name.endswith(core))
     return min((name for name, stem in stems if {f"{stem}u", f"{stem}vh"} <= known), default=None)
 
 
@@ -77,22 +83,35 @@ def check_factors(state: Mapping[str, Tensor], layers: Mapping[str, FactoredWeig
         shapes = [tuple(state[key].shape) if key in state else None for key in layer.factors]
         if None in shapes or not _fit(shapes, layer):
             raise ValueError(
-                f"layer '{name}': expected {', '.join(layer.factors)} of shapes m×k, k×k and k×n whose product has "
-                f"shape {layer.shape}{' transposed' if layer.transposed else ''}, found shapes {shapes}"
+                f"layer '{name}': expected {', '.join(layer.factors)} of shapes m×k, k×k or k, and k×n whose product "
+                f"has shape {layer.shape}{_arranged(layer)}, found shapes {shapes}"
             )
         if layer.weight in state or any(uses[key] > 1 for key in (layer.weight, *layer.factors)):
             raise ValueError(f"layer '{name}': its weight {layer.weight}, or one of its factors, is there twice")
 
 
+def _arranged(layer: FactoredWeight) -> str:
+    return " transposed" if layer.transposed else " spatial-wise" if layer.spatial else ""
+
+
 def _fit(shapes: list[tuple[int, ...] | None], layer: FactoredWeight) -> bool:
-    if any(shape is None or len(shape) != 2 for shape in shapes):
+    u, inner, vh = shapes
+    if u is None or vh is None or len(u) != 2 or len(vh) != 2:
         return False
-    (m, k), inner, (rank, n) = (tuple(shape or ()) for shape in shapes)
-    if inner != (k, k) or rank != k:
+    (m, k), (rank, n) = u, vh
+    if inner not in ((k, k), (k,)) or rank != k:
         return False
-    if layer.transposed:
-        return layer.shape == (n, m)
-    return layer.shape[:1] == (m,) and math.prod(layer.shape) == m * n
+    return fits(layer.shape, (m, n), transposed=layer.transposed, spatial=layer.spatial)
+
+
+def fits(shape: tuple[int, ...], matrix: tuple[int, int], *, transposed: bool, spatial: bool) -> bool:
+    """Whether a weight of this shape can be this product, arranged as a description says."""
+    m, n = matrix
+    if transposed:
+        return shape == (n, m)
+    if spatial:
+        return len(shape) == 4 and (shape[0] * shape[3], shape[1] * shape[2]) == matrix
+    return shape[:1] == (m,) and math.prod(shape) == m * n
 
 
 def dense_state_dict(
@@ -123,7 +142,10 @@ def dense_state_dict(
 
 def _product(state: Mapping[str, Tensor], layer: FactoredWeight) -> Tensor:
     u, sigma, vh = Factors(*(state[key].double() for key in layer.factors))
-    matrix = u @ sigma @ vh
+    matrix = (u * sigma if sigma.ndim == 1 else u @ sigma) @ vh
+    if layer.spatial:
+        out, channels, height, width = layer.shape
+        return matrix.reshape(out, width, channels, height).permute(0, 2, 3, 1).contiguous()
     return (matrix.mT if layer.transposed else matrix).reshape(layer.shape).contiguous()
 
 

@@ -1,7 +1,7 @@
 """The kinds of layer that have a low-rank form.
 
 To add one: write a mixin (its slots, how its weight is seen as an m×n matrix, and a forward pass if a
-cheaper one than rebuilding the weight is worth having) and add a line to `KINDS`.
+cheaper one than rebuilding the weight is worth having) and add a line to `KINDS`; and the same in `svd_layers.py`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpclr.lowrank.attention import AttentionWeights, LowRankAttention
 from hpclr.lowrank.layers import LowRankModule, Slot, make_class
-from hpclr.lowrank.product import ConvGeometry, convolution, linear
+from hpclr.lowrank.product import ConvGeometry
 
 WEIGHT = Slot("weight")
 
@@ -20,7 +20,7 @@ WEIGHT = Slot("weight")
 class LinearWeight(LowRankModule):
     """The weight of nn.Linear, (out, in), is its own matrix."""
 
-    slots = (WEIGHT,)
+    slots: tuple[Slot, ...] = (WEIGHT,)
 
 
 class LowRankLinear(LinearWeight):
@@ -30,13 +30,13 @@ class LowRankLinear(LinearWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        return linear(x, self.factors(WEIGHT), self.bias)
+        return self.arithmetic.linear(x, self.factors(self.slots[0]), self.bias)
 
 
 class TransposedWeight(LowRankModule):
     """The weight of Hugging Face's Conv1D, (in, out), is the transpose of its matrix."""
 
-    slots = (WEIGHT,)
+    slots: tuple[Slot, ...] = (WEIGHT,)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """(in, out) to (out, in)."""
@@ -56,7 +56,7 @@ class LowRankTransposedLinear(TransposedWeight):
 class ConvWeight(LowRankModule):
     """The weight of a convolution, (out, in/groups, *kernel), is seen as out × (in/groups · kernel)."""
 
-    slots = (WEIGHT,)
+    slots: tuple[Slot, ...] = (WEIGHT,)
     in_channels: int
     groups: int
     kernel_size: tuple[int, ...]
@@ -88,7 +88,7 @@ class LowRankConv(ConvWeight):
             x = F.pad(x, self._reversed_padding_repeated_twice)
             padding = (0,) * len(self.kernel_size)
         geometry = ConvGeometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return convolution(x, self.factors(WEIGHT), self.bias, geometry)
+        return self.arithmetic.convolution(x, self.factors(self.slots[0]), self.bias, geometry)
 
 
 class Kind(NamedTuple):
@@ -107,7 +107,10 @@ def _is_hugging_face_conv1d(cls: type[nn.Module]) -> bool:
     return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in cls.__mro__)
 
 
-KINDS = (
+Kinds = tuple[Kind, ...]
+
+# with frozen bases
+KINDS: Kinds = (
     Kind(_subclass_of(nn.Linear), LowRankLinear, LinearWeight),
     Kind(_subclass_of(nn.Conv1d, nn.Conv2d, nn.Conv3d), LowRankConv, ConvWeight),
     Kind(_subclass_of(nn.MultiheadAttention), LowRankAttention, AttentionWeights),
@@ -115,20 +118,22 @@ KINDS = (
 )
 
 
-def kind_of(cls: type[nn.Module]) -> Kind | None:
+def kind_of(cls: type[nn.Module], kinds: Kinds = KINDS) -> Kind | None:
     """The kind a layer class belongs to, None if it has no low-rank form."""
-    return next((kind for kind in KINDS if kind.matches(cls)), None)
+    return next((kind for kind in kinds if kind.matches(cls)), None)
 
 
-def slots_of(module: nn.Module) -> tuple[Slot, ...]:
+def slots_of(module: nn.Module, kinds: Kinds = KINDS) -> tuple[Slot, ...]:
     """The slots of a module's weights, dense or factored; empty if its class has no low-rank form."""
-    kind = kind_of(type(module))
+    if isinstance(module, LowRankModule):
+        return module.slots
+    kind = kind_of(type(module), kinds)
     return kind.plain.slots if kind else ()
 
 
-def lowrank_class(dense_class: type[nn.Module]) -> type[LowRankModule]:
+def lowrank_class(dense_class: type[nn.Module], kinds: Kinds = KINDS) -> type[LowRankModule]:
     """The low-rank subclass of an eligible layer class."""
-    kind = kind_of(dense_class)
+    kind = kind_of(dense_class, kinds)
     if kind is None:
         raise TypeError(f"{dense_class.__name__} has no low-rank form")
     mixin: Any = kind.plain if _has_own_forward(dense_class) else kind.quick

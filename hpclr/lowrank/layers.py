@@ -4,18 +4,21 @@ A layer is converted in place. Its object, name, hooks and other parameters stay
 subclass of its own class, made here, and its `weight` becomes `u`, `sigma`, `vh`. The Parameter `sigma`
 *is* the Parameter that was `weight`, with other contents: an optimiser, a scheduler or a list kept for
 clipping that holds it holds the right thing before and after.
+
+There are two forms: here U and V are frozen and Σ is a matrix; in `svd_layers.py` all three are trained, and of Σ
+there is only the diagonal, `s`.
 """
 
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hpclr.lowrank.factors import LowRankWarning, numerical_rank, svd
-from hpclr.lowrank.product import Factors, dense
+from hpclr.lowrank.product import FROZEN, Arithmetic, Factors
 
 
 class Slot(NamedTuple):
@@ -23,11 +26,12 @@ class Slot(NamedTuple):
 
     weight: str
     stem: str = ""
+    core: str = "sigma"
 
     @property
     def names(self) -> tuple[str, str, str]:
         """The names of the parameters U, Σ and Vᵀ."""
-        return f"{self.stem}u", f"{self.stem}sigma", f"{self.stem}vh"
+        return f"{self.stem}u", f"{self.stem}{self.core}", f"{self.stem}vh"
 
 
 class LowRankModule(nn.Module):
@@ -36,6 +40,16 @@ class LowRankModule(nn.Module):
     slots: tuple[Slot, ...]
     mixin: type["LowRankModule"]  # the class was made from this one and the next
     dense_class: type[nn.Module]
+
+    # what another form of the factors does in its own way
+    label: ClassVar[str] = "LowRank"
+    trains_bases: ClassVar[bool] = False
+    arithmetic: ClassVar[Arithmetic] = FROZEN
+
+    @staticmethod
+    def core_of(s: Tensor) -> Tensor:
+        """Σ, as this form keeps it, of k singular values."""
+        return torch.diag(s)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The m×n view of a weight, or of anything shaped like it; m counts outputs."""
@@ -50,20 +64,20 @@ class LowRankModule(nn.Module):
         return slot.names[1] in self._parameters
 
     def factors(self, slot: Slot) -> Factors:
-        """U, Σ, Vᵀ of a slot, frozen as they must be."""
+        """U, Σ, Vᵀ of a slot; U and V are frozen, in the form in which they must be."""
         u, sigma, vh = (self._parameters[name] for name in slot.names)
         assert u is not None and sigma is not None and vh is not None  # noqa: PT018 - one fact
-        if u.requires_grad or vh.requires_grad:
+        if not self.trains_bases and (u.requires_grad or vh.requires_grad):
             _refreeze(u, vh, type(self).__name__)
         return Factors(u, sigma, vh)
 
     def dense_weight(self, slot: Slot) -> Tensor:
-        """The weight as its class knows it; a differentiable function of Σ where it is factored."""
+        """The weight as its class knows it; a differentiable function of what is trained of its factors."""
         if not self.is_lowrank(slot):
             weight = self._parameters[slot.weight]
             assert weight is not None
             return weight
-        return self.from_matrix(dense(self.factors(slot)), slot)
+        return self.from_matrix(self.arithmetic.dense(self.factors(slot)), slot)
 
     def extra_repr(self) -> str:
         """What the class prints of itself, and the ranks."""
@@ -96,7 +110,7 @@ class LowRankModule(nn.Module):
         u, s, vh = svd(self.to_matrix(weight))
         k = max(1, numerical_rank(s, (u.shape[0], vh.shape[1])))
         dtype = self.factors(slot).sigma.dtype
-        return Factors(*(part.to(dtype) for part in (u[:, :k], torch.diag(s[:k]), vh[:k])))
+        return Factors(*(part.to(dtype) for part in (u[:, :k], self.core_of(s[:k]), vh[:k])))
 
     def resize(self, slot: Slot, rank: int) -> None:
         """Gives a slot factors of this rank with contents still to come (from a state dict)."""
@@ -104,10 +118,8 @@ class LowRankModule(nn.Module):
         like = self._parameters[slot.weight] if like is None else like
         m, n = self.matrix_shape(slot)
         assert like is not None
-        empty = [
-            torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in ((m, rank), (rank, rank), (rank, n))
-        ]
-        install(self, slot, *empty)
+        u, s, vh = (torch.zeros(size, dtype=like.dtype, device=like.device) for size in ((m, rank), rank, (rank, n)))
+        install(self, slot, u, self.core_of(s), vh)
 
     def matrix_shape(self, slot: Slot) -> tuple[int, int]:
         """(m, n) of the weight seen as a matrix."""
@@ -154,19 +166,19 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 def install(layer: LowRankModule, slot: Slot, u: Tensor, sigma: Tensor, vh: Tensor) -> nn.Parameter:
-    """Puts factors (or other factors) into a slot; returns the Parameter that is trained."""
+    """Puts factors (or other factors) into a slot; returns the Parameter that was the weight, Σ."""
     u_name, sigma_name, vh_name = slot.names
     if layer.is_lowrank(slot):
         trained = layer._parameters[sigma_name]
         for name, value in ((u_name, u), (vh_name, vh)):
-            frozen = layer._parameters[name]
-            assert frozen is not None
-            replace_data(frozen, value)
+            basis = layer._parameters[name]
+            assert basis is not None
+            replace_data(basis, value)
     else:
         trained = layer._parameters[slot.weight]
         assert trained is not None
-        frozen_u, frozen_vh = (nn.Parameter(value, requires_grad=False) for value in (u, vh))
-        _rename(layer, {slot.weight: {u_name: frozen_u, sigma_name: trained, vh_name: frozen_vh}})
+        new_u, new_vh = (nn.Parameter(value, trained.requires_grad and layer.trains_bases) for value in (u, vh))
+        _rename(layer, {slot.weight: {u_name: new_u, sigma_name: trained, vh_name: new_vh}})
     assert trained is not None
     replace_data(trained, sigma)
     return trained
@@ -215,7 +227,7 @@ def make_class(mixin: Any, dense_class: Any) -> type[LowRankModule]:
         __module__=mixin.__module__,
         __doc__=f"{dense_class.__name__} with factored weights.",
     )
-    return type(f"LowRank{dense_class.__name__}", (mixin, dense_class), body)
+    return type(f"{mixin.label}{dense_class.__name__}", (mixin, dense_class), body)
 
 
 def lowrank_modules(model: nn.Module) -> Iterator[tuple[str, LowRankModule]]:

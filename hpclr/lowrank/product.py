@@ -22,7 +22,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class Factors(NamedTuple):
-    """A weight W = u @ sigma @ vh: u m×k and vh k×n frozen, sigma k×k trained."""
+    """A weight W = u @ sigma @ vh: u m×k and vh k×n frozen, sigma k×k trained.
+
+    In the form of `svd_layers.py` all three are trained, and `sigma` is the diagonal alone (k).
+    """
 
     u: Tensor
     sigma: Tensor
@@ -141,7 +144,7 @@ class ConvGeometry(NamedTuple):
         )
 
 
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
@@ -158,13 +161,24 @@ def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: Conv
     training = wants_gradient(x, factors)
     if not through_factors(rows, u.shape[0], vh.shape[1], u.shape[1], groups=groups, training=training):
         weight = dense(factors).view(u.shape[0], channels, *kernel)
-        return _CONVOLUTIONS[len(kernel)](x, weight, bias, stride, padding, dilation, groups)
+        return CONVOLUTIONS[len(kernel)](x, weight, bias, stride, padding, dilation, groups)
     filters = vh.view(-1, channels, *kernel)
     if groups > 1:
         filters = filters.repeat(groups, *(1 for _ in filters.shape[1:]))
     h = _FrozenConvolution.apply(x, filters, geometry)
     y: Tensor = _SigmaThenUChannels.apply(h, factors.sigma, u, bias, groups)
     return y
+
+
+class Arithmetic(NamedTuple):
+    """How one form of factors gives the dense weight W, W x + b, and a convolution with W."""
+
+    dense: Callable[[Factors], Tensor]
+    linear: Callable[[Tensor, Factors, Tensor | None], Tensor]
+    convolution: Callable[[Tensor, Factors, Tensor | None, ConvGeometry], Tensor]
+
+
+FROZEN = Arithmetic(dense, linear, convolution)
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -178,7 +192,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, filters: Tensor, geometry: ConvGeometry) -> Tensor:
         kernel, stride, padding, dilation, groups = geometry
-        return _CONVOLUTIONS[len(kernel)](x, filters, None, stride, padding, dilation, groups)
+        return CONVOLUTIONS[len(kernel)](x, filters, None, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -217,7 +231,7 @@ class _SigmaThenUChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, sigma: Tensor, u: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        return _pointwise(h, u @ sigma, bias, groups)
+        return pointwise(h, u @ sigma, bias, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,18 +243,18 @@ class _SigmaThenUChannels(torch.autograd.Function):
         h, sigma, u = ctx.saved_tensors
         groups, k = ctx.groups, sigma.shape[0]
         need_h, need_sigma, _, need_bias, _ = ctx.needs_input_grad
-        grad_s = _pointwise(grad_y, u.view(groups, -1, k).mT.reshape(groups * k, -1), None, groups)
-        grad_h = _pointwise(grad_s, sigma.mT.repeat(groups, 1), None, groups) if need_h else None
+        grad_s = pointwise(grad_y, u.view(groups, -1, k).mT.reshape(groups * k, -1), None, groups)
+        grad_h = pointwise(grad_s, sigma.mT.repeat(groups, 1), None, groups) if need_h else None
         grad_sigma = _outer(grad_s, h, groups) if need_sigma else None
         grad_bias = grad_y.sum((0, *range(2, grad_y.ndim))) if need_bias else None
         return grad_h, grad_sigma, None, grad_bias, None
 
 
-def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """A 1×1 convolution; matrix is (out, in/groups)."""
     spatial = x.ndim - 2
     weight = matrix.reshape(*matrix.shape, *(1,) * spatial)
-    return _CONVOLUTIONS[spatial](x, weight, bias, groups=groups)
+    return CONVOLUTIONS[spatial](x, weight, bias, groups=groups)
 
 
 def _outer(a: Tensor, b: Tensor, groups: int) -> Tensor:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from hpclr.lowrank.factors import SVD, svd
-from hpclr.lowrank.kinds import kind_of, lowrank_class, slots_of
+from hpclr.lowrank.kinds import KINDS, Kinds, kind_of, lowrank_class, slots_of
 from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, uninstall
 from hpclr.lowrank.product import Factors
 
@@ -25,6 +24,7 @@ class WeightSite:
     path: str  # the module's name in the model, "" for the model itself
     module: nn.Module
     slot: Slot
+    kinds: Kinds = KINDS  # the form it takes if it is dense and becomes factored
 
     def key(self, parameter: str) -> str:
         """The name in the model's state dict of one of the module's parameters."""
@@ -37,7 +37,7 @@ class WeightSite:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The trained Parameter: the dense weight, or Σ. One and the same object through all conversions."""
+        """The dense weight, or Σ: one and the same object through all conversions."""
         key = self.slot.names[1] if self.is_lowrank else self.slot.weight
         parameter = self.module._parameters[key]
         assert parameter is not None
@@ -68,12 +68,14 @@ class WeightSite:
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The m×n view of the dense weight or of anything shaped like it (moments, gradients)."""
-        kind = kind_of(type(self.module))
+        if isinstance(self.module, LowRankModule):
+            return self.module.to_matrix(weight)
+        kind = kind_of(type(self.module), self.kinds)
         assert kind is not None
         return kind.plain.to_matrix(cast(LowRankModule, self.module), weight)
 
     def core(self) -> Tensor:
-        """What is trained, as a matrix: Σ (k×k) of a converted weight, W (m×n) of a dense one."""
+        """Σ (k×k, or its diagonal) of a converted weight, W (m×n) of a dense one."""
         return self.parameter.detach() if self.is_lowrank else self.to_matrix(self.parameter.detach())
 
     def convert(self, u: Tensor, sigma: Tensor, vh: Tensor) -> None:
@@ -90,14 +92,14 @@ class WeightSite:
     def _specialised(self) -> LowRankModule:
         """The module, of a class that can hold factors."""
         if not isinstance(self.module, LowRankModule):
-            self.module.__class__ = cast(Any, lowrank_class(type(self.module)))
+            self.module.__class__ = cast(Any, lowrank_class(type(self.module), self.kinds))
         return cast(LowRankModule, self.module)
 
     def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
         """Dense to the leading `rank` directions of its decomposition (all of them if None)."""
         u, s, vh = parts or svd(self.core())
         k = s.numel() if rank is None else rank
-        self.convert(u[:, :k], torch.diag(s[:k]), vh[:k])
+        self.convert(u[:, :k], self._specialised().core_of(s[:k]), vh[:k])
 
     def densify(self) -> None:
         """Factored to dense, and the module to its own class once nothing in it is factored."""
@@ -105,6 +107,17 @@ class WeightSite:
         uninstall(module, self.slot)
         if not any(module.is_lowrank(slot) for slot in module.slots):
             module.__class__ = cast(Any, module.dense_class)
+
+    def take_form(self, kinds: Kinds) -> None:
+        """Makes these the kinds by which it is, or will be, factored; a module of other kinds becomes dense first."""
+        kind, module = kind_of(type(self.module), kinds), self.module
+        assert kind is not None
+        if isinstance(module, LowRankModule) and module.mixin not in (kind.quick, kind.plain):
+            for slot in [slot for slot in module.slots if module.is_lowrank(slot)]:
+                uninstall(module, slot)
+            module.__class__ = cast(Any, module.dense_class)
+        self.kinds = kinds
+        self.slot = next(slot for slot in slots_of(module, kinds) if slot.weight == self.slot.weight)
 
 
 @dataclass
@@ -125,6 +138,7 @@ def select(
     max_aspect: float = float("inf"),
     keep_first: bool = False,
     keep_last: bool = False,
+    kinds: Kinds | None = None,
 ) -> Selection:
     """Finds the weights that may become low-rank, in registration order.
 
@@ -135,6 +149,8 @@ def select(
         max_aspect: leave weights alone whose max(m, n)/min(m, n) is this or more.
         keep_first: leave the first layer of an eligible type alone, whatever its shape.
         keep_last: leave the last layer of an eligible type alone (the head), whatever its shape.
+        kinds: the form of factors that is wanted, and weights in the other form are left alone; None: that with frozen
+            bases for dense weights, and any for those already factored.
 
     Raises:
         ValueError: if a pattern matches no layer.
@@ -144,13 +160,15 @@ def select(
         raise TypeError("include and exclude take a list of patterns; for a single one write ['…']")
     selection = Selection()
     shared = _shared_storage(model)
-    selection.candidates = candidates = list(_sites(model, selection))
+    selection.candidates = candidates = list(_sites(model, selection, kinds or KINDS))
     edges = {
         site.name for keep, site in zip((keep_first, keep_last), candidates[:1] + candidates[-1:], strict=False) if keep
     }
     _check_patterns([*(include or ()), *exclude], selection.order)
     for site in candidates:
-        reason = _reason_against(site, shared, include, exclude, max_aspect)
+        reason = _named_against(site, include, exclude) or (_other_form(site) if kinds else None)
+        if reason is None and not site.is_lowrank:
+            reason = _unsuitable(site, site.parameter) or _unwanted(site, site.parameter, shared, max_aspect)
         if reason is None and site.name in edges:
             reason = "kept dense as the first or last layer (keep_first, keep_last)"
         if reason is None:
@@ -160,15 +178,15 @@ def select(
     return selection
 
 
-def _sites(model: nn.Module, selection: Selection) -> Iterator[WeightSite]:
+def _sites(model: nn.Module, selection: Selection, kinds: Kinds) -> Iterator[WeightSite]:
     """Every weight of an eligible kind; other layers with parameters go into the selection with the reason."""
     for name, module in model.named_modules():
-        found = [slot for slot in slots_of(module) if holds(module, slot)]
+        found = [slot for slot in slots_of(module, kinds) if holds(module, slot)]
         for slot in found:
             stem = slot.stem.rstrip("_")
             site_name = ".".join(filter(None, (name, stem))) or _class_name(module)
             selection.order.append(site_name)
-            yield WeightSite(site_name, name, module, slot)
+            yield WeightSite(site_name, name, module, slot, kinds)
         if not found and module._parameters:
             selection.order.append(name or _class_name(module))
             selection.left_alone[selection.order[-1]] = _why_no_site(module)
@@ -185,22 +203,19 @@ def _why_no_site(module: nn.Module) -> str:
     return f"{type(module).__name__} has no low-rank form"
 
 
-def _reason_against(
-    site: WeightSite,
-    shared: Counter[int],
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    max_aspect: float,
-) -> str | None:
-    """Why a weight is to be left alone; None if it is not."""
+def _named_against(site: WeightSite, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
+    """Why the names given say that a weight is to be left alone; None if they do not."""
     if include is not None and not _matches(site.name, include):
         return "not among the names to include"
-    if _matches(site.name, exclude):
-        return "excluded by name"
-    if site.is_lowrank:
+    return "excluded by name" if _matches(site.name, exclude) else None
+
+
+def _other_form(site: WeightSite) -> str | None:
+    """The two forms do not mix in one module."""
+    if not isinstance(site.module, LowRankModule) or site.module.trains_bases == site.kinds[0].plain.trains_bases:
         return None
-    weight = site.parameter
-    return _unsuitable(site, weight) or _unwanted(site, weight, shared, max_aspect)
+    bases = "trained" if site.module.trains_bases else "frozen"
+    return f"its module holds factors with {bases} bases, of another method; densify it first"
 
 
 def _unsuitable(site: WeightSite, weight: Any) -> str | None:

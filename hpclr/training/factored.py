@@ -15,11 +15,15 @@ class Product(nn.Module):
 
     def __init__(self, factors: list[Tensor], entry: dict[str, Any]) -> None:
         super().__init__()
-        self.factors, self.shape, self.transposed = factors, tuple(entry["shape"]), entry["transposed"]
+        self.factors, self.shape = factors, tuple(entry["shape"])
+        self.transposed, self.spatial = entry["transposed"], entry.get("spatial", False)
 
     def forward(self, u: Tensor, sigma: Tensor, vh: Tensor) -> Tensor:
         """The weight."""
-        matrix = u @ sigma @ vh
+        matrix = left(u, sigma) @ vh
+        if self.spatial:
+            out, channels, height, width = self.shape
+            return matrix.reshape(out, width, channels, height).permute(0, 2, 3, 1)
         return (matrix.mT if self.transposed else matrix).reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -27,10 +31,15 @@ class Product(nn.Module):
         return tuple(factor.to(weight) for factor in self.factors)
 
 
-def three_products(layer: Any, x: Tensor) -> Tensor:
-    """What nn.Linear and transformers' Conv1D compute, without the weight: y = U Σ Vᵀ x + b."""
+def left(u: Tensor, sigma: Tensor) -> Tensor:
+    """U Σ; of Σ there may be the diagonal alone."""
+    return u * sigma if sigma.ndim == 1 else u @ sigma
+
+
+def two_products(layer: Any, x: Tensor) -> Tensor:
+    """What nn.Linear and transformers' Conv1D compute, without the weight: y = (U Σ) Vᵀ x + b."""
     factors = layer.parametrizations.weight
-    y: Tensor = x @ factors.original2.mT @ factors.original1.mT @ factors.original0.mT
+    y: Tensor = x @ factors.original2.mT @ left(factors.original0, factors.original1).mT
     return y if layer.bias is None else y + layer.bias
 
 
@@ -46,7 +55,7 @@ def with_factors(model: nn.Module, state: dict[str, Tensor], layers: dict[str, A
         for i, factor in enumerate(factors):
             state[f"{path}.parametrizations.{name}.original{i}".lstrip(".")] = factor
         if quick:
-            layer.forward = partial(three_products, layer)
+            layer.forward = partial(two_products, layer)
     model.load_state_dict(state)
     return model
 

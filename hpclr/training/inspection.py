@@ -1,5 +1,6 @@
 """`hpclr inspect`: what a checkpoint holds, without importing anything it names."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,19 @@ def _layers(weights: dict[str, Tensor]) -> Table:
     table = Table(title="factored layers", title_justify="left")
     for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
         table.add_column(column)
-    for name, sigma in weights.items():
-        stem = name.removesuffix("sigma")
-        if name.endswith("sigma") and {stem + "u", stem + "vh"} <= weights.keys():
-            shape = f"{weights[stem + 'u'].shape[0]}×{weights[stem + 'vh'].shape[1]}"
-            table.add_row(printable(stem.rstrip("._")), shape, str(len(sigma)), *_spectrum(sigma))
+    for name, core in weights.items():
+        match = re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name)
+        if match and {f"{match[1]}u", f"{match[1]}vh"} <= weights.keys():
+            shape = f"{weights[match[1] + 'u'].shape[0]}×{weights[match[1] + 'vh'].shape[1]}"
+            table.add_row(printable(match[1].rstrip("._")), shape, str(len(core)), *_spectrum(core))
     return table
 
 
-def _spectrum(sigma: Tensor) -> tuple[str, str, str]:
-    """The largest singular value, the smallest relative to it, and all as bars."""
-    if not torch.isfinite(sigma).all():
+def _spectrum(core: Tensor) -> tuple[str, str, str]:
+    """The largest singular value of Σ or of diag(s), the smallest relative to it, and all as bars."""
+    if not torch.isfinite(core).all():
         return "not finite", "–", "–"
-    s = svd(sigma).s
+    s = svd(core).s if core.ndim == 2 else core.abs().sort(descending=True).values
     ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
     return f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s)
 

@@ -72,9 +72,9 @@ def _layers(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Layers:
     if "layers" in tree:
         return parse_layers(_json(tree, "layers"), state, str(path))
     if name := looks_factored(state):
+        layer = name.removesuffix("sigma").removesuffix("s").rstrip("._")
         raise UsageError(
-            f"{path}: it holds factored layers (such as {name.removesuffix('sigma').rstrip('._')}) but no entry "
-            "'layers', which says what dense weights they make up: an older hpclr has written it. Continue the run "
+            f"{path}: it holds factored layers (such as {layer}) but no entry 'layers', which says what dense weights they make up: an older hpclr has written it. Continue the run "
             "with this hpclr (`hpclr train`), which saves a new checkpoint, and use that one."
         )
     return {}

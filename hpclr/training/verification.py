@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +16,7 @@ from hpclr.checkpoint.sandbox import Item, Survey, examine
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
+from hpclr.lowrank.interchange import fits
 from hpclr.training.run_directory import reading
 
 T = TypeVar("T")
@@ -150,6 +150,7 @@ class _Layer(msgspec.Struct, frozen=True):
     factors: tuple[str, str, str]
     shape: Shape | None = None
     transposed: bool = False
+    spatial: bool = False
 
 
 class _Step(msgspec.Struct):
@@ -201,9 +202,9 @@ class _Facts:
         return self._layers_by_names() if listed is None else listed
 
     def _layers_by_names(self) -> dict[str, _Layer]:
-        stems = [name.removesuffix("sigma") for name in self.model if re.fullmatch(r"(.*[._])?sigma", name)]
-        whole = [stem for stem in stems if {stem + "u", stem + "vh"} <= self.model.keys()]
-        return {s.rstrip("._"): _Layer(s + "weight", (s + "u", s + "sigma", s + "vh")) for s in whole}
+        named = [match for name in self.model if (match := re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name))]
+        whole = {match[1]: match[0] for match in named if {match[1] + "u", match[1] + "vh"} <= self.model.keys()}
+        return {stem.rstrip("._"): _Layer(stem + "weight", (stem + "u", s, stem + "vh")) for stem, s in whole.items()}
 
     @cached_property
     def ranks(self) -> dict[str, int] | None:
@@ -260,23 +261,20 @@ def _factors(facts: _Facts) -> Iterator[str]:
         shapes = [facts.model.get(key) for key in layer.factors]
         if not _fit(shapes, layer):
             of = f" that make up {'the transpose of ' * layer.transposed}{layer.shape}" if layer.shape else ""
-            yield f"layer {name!r}: expected factors m×k, k×k, k×n{of}, found {', '.join(map(str, shapes))}"
+            yield f"layer {name!r}: expected factors m×k, k×k or k, k×n{of}, found {', '.join(map(str, shapes))}"
         if layer.weight in facts.model:
             yield f"layer {name!r}: expected factors in place of {layer.weight}, found both"
 
 
 def _fit(shapes: list[Shape | None], layer: _Layer) -> bool:
     """Whether these are U, Σ and Vᵀ, of one rank, of this weight."""
-    if any(shape is None or len(shape) != 2 for shape in shapes):
+    u, core, vh = shapes
+    if u is None or vh is None or len(u) != 2 or len(vh) != 2:
         return False
-    (m, k), sigma, (rank, n) = (shape or () for shape in shapes)
-    if sigma != (k, k) or rank != k:
+    (m, k), (rank, n) = u, vh
+    if core not in ((k, k), (k,)) or rank != k:
         return False
-    if layer.shape is None:
-        return True
-    if layer.transposed:
-        return layer.shape == (n, m)
-    return layer.shape[:1] == (m,) and prod(layer.shape) == m * n
+    return layer.shape is None or fits(layer.shape, (m, n), transposed=layer.transposed, spatial=layer.spatial)
 
 
 def _ranks(facts: _Facts) -> Iterator[str]:

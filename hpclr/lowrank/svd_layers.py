@@ -1,0 +1,184 @@
+"""Layers whose weight is U diag(s) Vᵀ with all three trained: the form of SVD training (arXiv 2004.09031).
+
+Beside the form with frozen bases it has the same slots, places in a model and state dicts, but `s` (k) in place of
+`sigma` (k×k); the Parameter `s` *is* the Parameter that was `weight`. A convolution is decomposed
+
+    channel-wise   out × (in/groups · kernel)      k filters of the kernel's size, then 1×1
+    spatial-wise   (out·kw) × (in/groups · kh)     k filters kh×1 with stride (sh, 1), then 1×kw with stride (1, sw)
+
+both exactly, for every stride, padding, dilation and number of groups, each of which has the k filters. The paper
+writes the second the other way round; rows are outputs here as everywhere. s enters linearly, folded into U: no root
+and no absolute value, whose slopes at zero are infinite or missing; a singular value may cross zero.
+
+Both orders of multiplication need the same operations backwards as forwards, so the cheaper one depends on neither.
+"""
+
+from math import prod
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpclr.lowrank.attention import AttentionWeights, LowRankAttention
+from hpclr.lowrank.kinds import (
+    KINDS,
+    ConvWeight,
+    Kind,
+    Kinds,
+    LinearWeight,
+    LowRankConv,
+    LowRankLinear,
+    LowRankTransposedLinear,
+    TransposedWeight,
+)
+from hpclr.lowrank.layers import LowRankModule, Slot
+from hpclr.lowrank.product import CONVOLUTIONS, Arithmetic, ConvGeometry, Factors, pointwise
+
+
+def dense(factors: Factors) -> Tensor:
+    """W (m×n) as a differentiable function of all three."""
+    u, s, vh = factors
+    return (u * s) @ vh if u.shape[0] <= vh.shape[1] else u @ (s[:, None] * vh)
+
+
+def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
+    """`F.linear(x, U diag(s) Vᵀ, bias)`; x is (..., n), the result (..., m)."""
+    u, s, vh = factors
+    (m, k), n = u.shape, vh.shape[1]
+    rows = prod(x.shape[:-1])
+    if rows * k * (n + m) < rows * m * n + m * n * k:
+        return F.linear(F.linear(x, vh), u * s, bias)
+    return F.linear(x, dense(factors), bias)
+
+
+def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """A convolution decomposed channel-wise; x is (N, in, *size)."""
+    u, s, vh = factors
+    kernel, stride, padding, dilation, groups = geometry
+    (m, k), n = u.shape, vh.shape[1]
+    rows = x.shape[0] * geometry.positions(tuple(x.shape[2:]))
+    convolve = CONVOLUTIONS[len(kernel)]
+    if rows * k * (groups * n + m) < rows * m * n + m * n * k:
+        h = convolve(x, _for_each_group(vh.reshape(k, -1, *kernel), groups), None, stride, padding, dilation, groups)
+        return pointwise(h, u * s, bias, groups)
+    return convolve(x, dense(factors).reshape(m, -1, *kernel), bias, stride, padding, dilation, groups)
+
+
+def separable(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """A convolution decomposed spatial-wise; x is (N, in, height, width)."""
+    u, s, vh = factors
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups = geometry
+    m, k, n = u.shape[0], u.shape[1], vh.shape[1]
+    down = ConvGeometry((kh, 1), (sh, 1), (ph, 0), (dh, 1), groups)
+    between, rows = (x.shape[0] * step.positions(tuple(x.shape[2:])) for step in (down, geometry))
+    if k * (between * groups * n + rows * m) < rows * m * n + m * n * k:
+        h = F.conv2d(x, _for_each_group(vh.reshape(k, -1, kh, 1), groups), None, *down[1:])
+        across = (u * s).reshape(-1, kw, 1, k).permute(0, 3, 2, 1)
+        return F.conv2d(h, across, bias, (1, sw), (0, pw), (1, dw), groups)
+    weight = _from_spatial(dense(factors), (kh, kw))
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
+
+
+def _for_each_group(filters: Tensor, groups: int) -> Tensor:
+    """The k filters once for every group."""
+    return filters.repeat(groups, *(1 for _ in filters.shape[1:])) if groups > 1 else filters
+
+
+def _from_spatial(matrix: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """(out·kw) × (in/groups · kh) to (out, in/groups, kh, kw)."""
+    kh, kw = kernel
+    return matrix.reshape(-1, kw, matrix.shape[1] // kh, kh).permute(0, 2, 3, 1)
+
+
+class TrainedFactors(LowRankModule):
+    """All three factors are trained, the middle one is a diagonal."""
+
+    label = "SVD"
+    trains_bases = True
+    arithmetic = Arithmetic(dense, linear, convolution)
+
+    @staticmethod
+    def core_of(s: Tensor) -> Tensor:
+        """The singular values as they are."""
+        return s
+
+
+def _with_diagonal(mixin: type[LowRankModule]) -> tuple[Slot, ...]:
+    return tuple(slot._replace(core="s") for slot in mixin.slots)
+
+
+class SVDLinearWeight(TrainedFactors, LinearWeight):
+    """The weight of nn.Linear."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(LinearWeight)
+
+
+class SVDLinear(TrainedFactors, LowRankLinear):
+    """nn.Linear."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(LowRankLinear)
+
+
+class SVDTransposedWeight(TrainedFactors, TransposedWeight):
+    """The weight of Hugging Face's Conv1D."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(TransposedWeight)
+
+
+class SVDTransposedLinear(TrainedFactors, LowRankTransposedLinear):
+    """Hugging Face's Conv1D."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(LowRankTransposedLinear)
+
+
+class SVDConvWeight(TrainedFactors, ConvWeight):
+    """The weight of a convolution, channel-wise."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(ConvWeight)
+
+
+class SVDConv(TrainedFactors, LowRankConv):
+    """nn.Conv1d, 2d, 3d, channel-wise."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(LowRankConv)
+
+
+class SVDAttentionWeights(TrainedFactors, AttentionWeights):
+    """The projections of attention."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(AttentionWeights)
+
+
+class SVDAttention(TrainedFactors, LowRankAttention):
+    """nn.MultiheadAttention."""
+
+    slots: tuple[Slot, ...] = _with_diagonal(LowRankAttention)
+
+
+class SpatialWeight(SVDConvWeight):
+    """The weight of a two-dimensional convolution, spatial-wise."""
+
+    kernel_size: tuple[int, int]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """(out, in/groups, kh, kw) to (out·kw) × (in/groups · kh)."""
+        return weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+
+    def from_matrix(self, matrix: Tensor, slot: Slot) -> Tensor:
+        """(out·kw) × (in/groups · kh) to (out, in/groups, kh, kw)."""
+        return _from_spatial(matrix, self.kernel_size)
+
+
+class SpatialConv(SpatialWeight, SVDConv):
+    """nn.Conv2d, spatial-wise."""
+
+    arithmetic = Arithmetic(dense, linear, separable)
+
+
+_FORMS: dict[type[LowRankModule], tuple[type[LowRankModule], type[LowRankModule]]] = {
+    LinearWeight: (SVDLinear, SVDLinearWeight),
+    ConvWeight: (SVDConv, SVDConvWeight),
+    AttentionWeights: (SVDAttention, SVDAttentionWeights),
+    TransposedWeight: (SVDTransposedLinear, SVDTransposedWeight),
+}
+CHANNEL: Kinds = tuple(Kind(kind.matches, *_FORMS[kind.plain]) for kind in KINDS)
+SPATIAL: Kinds = (Kind(lambda cls: issubclass(cls, nn.Conv2d), SpatialConv, SpatialWeight), *CHANNEL)
