@@ -7,7 +7,8 @@ from hpclr.lowrank.accounting import LayerSize, Summary, count_flops, optimizer_
 from hpclr.lowrank.average import EMA
 from hpclr.lowrank.convert import LayerReport, densify, factorize, load_state_dict, shape_model_like
 from hpclr.lowrank.factors import FactorizationError, LowRankWarning, stability
-from hpclr.lowrank.moments import BasisChange
+from hpclr.lowrank.kinds import KINDS
+from hpclr.lowrank.moments import BasisChange, Change
 from hpclr.lowrank.ranks import (
     Energy,
     GavishDonoho,
@@ -22,7 +23,9 @@ from hpclr.lowrank.sites import WeightSite, select
 
 __all__ = [
     "EMA",
+    "KINDS",
     "BasisChange",
+    "Change",
     "Energy",
     "FactorizationError",
     "GavishDonoho",

@@ -71,13 +71,11 @@ class LowRankAttention(AttentionWeights):
             triples = zip((query, key, value), separate, biases, strict=True)
             return tuple(self._one_projection(x, slot, bias) for x, slot, bias in triples)
         packed = self.factors(in_proj)
+        project = self.arithmetic.linear
         if query is key and key is value:
-            return self.arithmetic.linear(query, packed, self.in_proj_bias).chunk(3, -1)
+            return project(query, packed, self.in_proj_bias).chunk(3, -1)
         parts = (Factors(u, packed.sigma, packed.vh) for u in packed.u.chunk(3))
-        return tuple(
-            self.arithmetic.linear(x, part, bias)
-            for x, part, bias in zip((query, key, value), parts, biases, strict=True)
-        )
+        return tuple(project(x, part, bias) for x, part, bias in zip((query, key, value), parts, biases, strict=True))
 
     def _one_projection(self, x: Tensor, slot: Slot, bias: Tensor | None) -> Tensor:
         if self.is_lowrank(slot):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpclr.lowrank.layers import replace_data
-from hpclr.lowrank.moments import BasisChange
+from hpclr.lowrank.moments import Change
 
 
 class EMA:
@@ -46,8 +46,8 @@ class EMA:
                 )
             average.lerp_(parameter, 1 - self.decay)
 
-    def follow(self, change: BasisChange) -> None:
-        """Takes an average through a change of its parameter's basis."""
+    def follow(self, change: Change) -> None:
+        """Takes an average through a change of its parameter."""
         if change.parameter in self._averages:
             self._averages[change.parameter] = change.linear(self._averages[change.parameter])
 

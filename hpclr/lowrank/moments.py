@@ -8,6 +8,7 @@ independent, Adam's next step m/√v could come out longer than the last one; v 
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,61 +25,74 @@ def _as_it_is(matrix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BasisChange:
+class Change(ABC):
     """One change of what a parameter means; handed to whoever follows the parameters.
 
     Attributes:
         name: the layer.
         parameter: the Parameter whose contents and shape have changed (its identity has not).
-        left: L, old rows × new rank, orthonormal columns.
-        right: R, old columns × new rank, orthonormal columns.
-        to_matrix: the m×n view of anything shaped like the old parameter.
     """
 
     name: str
     parameter: nn.Parameter
-    left: Tensor
-    right: Tensor
-    to_matrix: Callable[[Tensor], Tensor] = _as_it_is
 
     def linear(self, state: Tensor) -> Tensor:
-        """Lᵀ X R for state linear in the gradient or the weight; shaped like the old parameter."""
-        return self._sandwich(state, self.left, self.right)
+        """What becomes of state linear in the gradient or the weight; it is shaped like the old parameter."""
+        return self._applied(state, 1)
 
     def squared(self, state: Tensor) -> Tensor:
-        """(L∘L)ᵀ X (R∘R) for state made of squared gradients."""
-        return self._sandwich(state, self.left.square(), self.right.square())
+        """What becomes of state made of squared gradients."""
+        return self._applied(state, 2)
 
     def magnitude(self, state: Tensor) -> Tensor:
         """For non-negative state of the gradient's own unit: its square follows the squares."""
         return self.squared(state.square()).sqrt()
 
-    def _sandwich(self, state: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    @abstractmethod
+    def _applied(self, state: Tensor, power: int) -> Tensor:
+        """The linear map by which gradients follow, or with all its coefficients squared."""
+
+
+@dataclass(frozen=True)
+class BasisChange(Change):
+    """Another basis: the new gradient is Lᵀ G R.
+
+    Attributes:
+        left: L, old rows × new rank, orthonormal columns.
+        right: R, old columns × new rank, orthonormal columns.
+        to_matrix: the m×n view of anything shaped like the old parameter.
+    """
+
+    left: Tensor
+    right: Tensor
+    to_matrix: Callable[[Tensor], Tensor] = _as_it_is
+
+    def _applied(self, state: Tensor, power: int) -> Tensor:
         dtype = working_dtype(state.dtype)
-        left, right = (t.to(state.device, dtype) for t in (left, right))
+        left, right = (t.pow(power).to(state.device, dtype) for t in (self.left, self.right))
         return (left.mT @ self.to_matrix(state).to(dtype) @ right).to(state.dtype)
 
 
-Rule = Callable[[BasisChange, Tensor], Tensor]
+Rule = Callable[[Change, Tensor], Tensor]
 
 # The names under which optimisers keep state shaped like the parameter, and how each follows.
 STATE_RULES: Mapping[str, Rule] = {
-    "momentum_buffer": BasisChange.linear,  # SGD, RMSprop, Muon
-    "exp_avg": BasisChange.linear,  # Adam and relatives, Lion
-    "grad_avg": BasisChange.linear,  # RMSprop, centred
-    "prev": BasisChange.linear,  # Rprop: the last gradient
-    "ax": BasisChange.linear,  # ASGD: the averaged weight
-    "exp_avg_sq": BasisChange.squared,  # Adam and relatives
-    "max_exp_avg_sq": BasisChange.squared,  # AMSGrad
-    "square_avg": BasisChange.squared,  # RMSprop, Adadelta
-    "acc_delta": BasisChange.squared,  # Adadelta: squared updates
-    "sum": BasisChange.squared,  # Adagrad
-    "exp_inf": BasisChange.magnitude,  # Adamax
-    "step_size": BasisChange.magnitude,  # Rprop
+    "momentum_buffer": Change.linear,  # SGD, RMSprop, Muon
+    "exp_avg": Change.linear,  # Adam and relatives, Lion
+    "grad_avg": Change.linear,  # RMSprop, centred
+    "prev": Change.linear,  # Rprop: the last gradient
+    "ax": Change.linear,  # ASGD: the averaged weight
+    "exp_avg_sq": Change.squared,  # Adam and relatives
+    "max_exp_avg_sq": Change.squared,  # AMSGrad
+    "square_avg": Change.squared,  # RMSprop, Adadelta
+    "acc_delta": Change.squared,  # Adadelta: squared updates
+    "sum": Change.squared,  # Adagrad
+    "exp_inf": Change.magnitude,  # Adamax
+    "step_size": Change.magnitude,  # Rprop
 }
 
 
-def carry(optimizer: Optimizer, change: BasisChange, old_shape: torch.Size, old_grad: Tensor | None) -> None:
+def carry(optimizer: Optimizer, change: Change, old_shape: torch.Size, old_grad: Tensor | None) -> None:
     """Takes a parameter's gradient and optimiser state through a change of basis.
 
     Args:
@@ -94,7 +108,7 @@ def carry(optimizer: Optimizer, change: BasisChange, old_shape: torch.Size, old_
         return
     unknown = [key for key, value in state.items() if _unknown(key, value, old_shape)]
     if unknown:
-        _reset(optimizer, change, unknown)
+        reset(optimizer, change, unknown)
         return
     eps = optimizer.defaults.get("eps")
     eps = eps if isinstance(eps, float) else 0.0
@@ -110,7 +124,7 @@ def _is_like(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape
 
 
-def _centred_square(change: BasisChange, square: Tensor, mean: Tensor) -> Tensor:
+def _centred_square(change: Change, square: Tensor, mean: Tensor) -> Tensor:
     """RMSprop takes the root of square − mean², so it is the variance that goes by the squares."""
     variance = (square - mean.square()).clamp_min(0)
     return change.squared(variance) + change.linear(mean).square()
@@ -141,13 +155,13 @@ def _unknown(key: str, value: Any, old_shape: torch.Size) -> bool:
     return key not in STATE_RULES or not _is_like(value, old_shape)
 
 
-def _reset(optimizer: Optimizer, change: BasisChange, unknown: list[str]) -> None:
+def reset(optimizer: Optimizer, change: Change, unknown: list[str]) -> None:
     """The whole state of the parameter: optimisers initialise state that is absent, not state that is partial."""
     optimizer.state.pop(change.parameter)
     keys = ", ".join(f"'{key}'" for key in unknown)
     warnings.warn(
         f"{type(optimizer).__name__} keeps state {keys} for layer '{change.name}', of a kind that hpclr cannot carry "
-        "through a change of basis; that layer's optimiser state starts anew. "
+        "through a change of form or basis; that layer's optimiser state starts anew. "
         "hpclr.lowrank.moments.STATE_RULES takes a rule for it.",
         LowRankWarning,
         stacklevel=3,

@@ -3,5 +3,6 @@
 from hpclr.methods.base import Dense, Method
 from hpclr.methods.oialr import OIALR
 from hpclr.methods.placement import Here, Outcome, Placement
+from hpclr.methods.svd_training import SVDTraining
 
-__all__ = ["OIALR", "Dense", "Here", "Method", "Outcome", "Placement"]
+__all__ = ["OIALR", "Dense", "Here", "Method", "Outcome", "Placement", "SVDTraining"]

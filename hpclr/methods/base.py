@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpclr.lowrank import BasisChange
+from hpclr.lowrank import Change
 
-ChangeHook = Callable[[BasisChange], None]
+ChangeHook = Callable[[Change], None]
 
 
 class Method(ABC):
@@ -44,7 +44,7 @@ class Method(ABC):
 
     @abstractmethod
     def on_change(self, hook: ChangeHook) -> None:
-        """Has `hook` called with every later change of basis; for averages and whoever else follows the parameters."""
+        """Has `hook` called with every later change of a parameter; for averages and whoever else follows them."""
 
 
 class Dense(Method):

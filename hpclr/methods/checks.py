@@ -33,6 +33,32 @@ def check_settings(
     _require(0 < sigma_lr < inf, "sigma_lr", sigma_lr, "a finite number above 0")
 
 
+def check_svd_settings(
+    decomposition: str,
+    regularizer: str,
+    init: str,
+    orthogonality: float,
+    sparsity: float,
+    energy: float,
+    min_rank: float,
+    max_aspect: float,
+) -> None:
+    """Raises ValueError for the first of SVD training's settings that is out of range."""
+    _require(decomposition in ("channel", "spatial"), "decomposition", decomposition, "'channel' or 'spatial'")
+    _require(
+        regularizer in ("hoyer", "hoyer_square", "l1", "none"),
+        "regularizer",
+        regularizer,
+        "'hoyer', 'hoyer_square', 'l1' or 'none'",
+    )
+    _require(init in ("svd", "random"), "init", init, "'svd' or 'random'")
+    _require(0 <= orthogonality < inf, "orthogonality", orthogonality, "a finite number of 0 or more")
+    _require(0 <= sparsity < inf, "sparsity", sparsity, "a finite number of 0 or more")
+    _require(0 <= energy < 1, "energy", energy, "a number of 0 or more and below 1")
+    _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
+    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+
+
 def _require(holds: bool, name: str, found: object, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {allowed}, found {found!r}")
@@ -63,11 +89,11 @@ def check_model(model: nn.Module) -> nn.Module:
     return original
 
 
-def check_layers(found: Collection[str], left_alone: Mapping[str, str]) -> None:
+def check_layers(found: Collection[str], left_alone: Mapping[str, str], method: str) -> None:
     """Raises ValueError if a model has no layer that can be converted; says of some why not."""
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
-        raise ValueError(f"the model has no layer that OIALR can convert ({reasons or 'it has no parameters'})")
+        raise ValueError(f"the model has no layer that {method} can convert ({reasons or 'it has no parameters'})")
 
 
 def check_saved(ranks: Mapping[str, int], largest: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpclr.lowrank import BasisChange, RankRule, WeightSite, rank_rule, select
+from hpclr.lowrank import KINDS, BasisChange, RankRule, WeightSite, rank_rule, select
 from hpclr.lowrank.factors import SVD, FactorizationError
 from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
@@ -103,10 +103,10 @@ class OIALR(Method):
         )
         self._model = check_model(model)
         names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}
-        chosen = select(self._model, max_aspect=max_aspect, **names, **ends)  # type: ignore[arg-type]
+        chosen = select(self._model, max_aspect=max_aspect, kinds=KINDS, **names, **ends)  # type: ignore[arg-type]
         self._sites = {site.name: site for site in chosen.eligible}
         self.report = chosen.left_alone
-        check_layers(self._sites, self.report)
+        check_layers(self._sites, self.report, "OIALR")
         check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
         self._optimizer = optimizer
         self._rule = rank_rule(cutoff)

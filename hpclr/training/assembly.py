@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from hpclr import models
 from hpclr.config import RunFile
 from hpclr.config.schema import Dense as DenseSection
-from hpclr.config.schema import Oialr, Section, Target
+from hpclr.config.schema import Oialr, Section, SvdTraining, Target
 from hpclr.data import Augment, Dataset, Loader, open_dataset
 from hpclr.data.loader import choose_order
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA
-from hpclr.methods import OIALR, Dense, Method
+from hpclr.methods import OIALR, Dense, Method, SVDTraining
 from hpclr.parallel.group import Group
 from hpclr.parallel.replica import Replica
 from hpclr.training.environment import random_states, record, seed_everything, seed_of, set_random_states
@@ -374,18 +374,25 @@ def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: in
         case DenseSection():
             return Dense(model)
         case Oialr():
-            options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
-            for key in ("name", "svd", "heat_rank"):  # the last two are the replica's
-                del options[key]
-            method = OIALR(model, optimizer, total_steps=total, **options)
-            _check_delay(section, method, total)
-            return method
+            oialr = OIALR(model, optimizer, total_steps=total, **_options(section, "svd", "heat_rank"))
+            _check_moment("delay", section.delay, oialr.delay, total)
+            return oialr
+        case SvdTraining():
+            svd = SVDTraining(model, optimizer, total_steps=total, **_options(section))
+            _check_moment("prune_at", section.prune_at, svd.prune_at, total)
+            return svd
 
 
-def _check_delay(section: Oialr, method: OIALR, total: int) -> None:
-    if method.delay >= total:
+def _options(section: Section, *of_others: str) -> dict[str, Any]:
+    """A method's arguments, without its name and those that are the replica's."""
+    options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
+    return {key: value for key, value in options.items() if key not in ("name", *of_others)}
+
+
+def _check_moment(key: str, written: float, step: int, total: int) -> None:
+    if step >= total:
         raise ValueError(
-            f"delay is {section.delay} but the run has {total} steps, so nothing would ever become low-rank; "
+            f"{key} is {written} but the run has {total} steps, so nothing would ever become low-rank; "
             f"make it less than {total}, or a fraction of the run below 1"
         )
 

@@ -74,8 +74,9 @@ def _layers(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Layers:
     if name := looks_factored(state):
         layer = name.removesuffix("sigma").removesuffix("s").rstrip("._")
         raise UsageError(
-            f"{path}: it holds factored layers (such as {layer}) but no entry 'layers', which says what dense weights they make up: an older hpclr has written it. Continue the run "
-            "with this hpclr (`hpclr train`), which saves a new checkpoint, and use that one."
+            f"{path}: it holds factored layers (such as {layer}) but no entry 'layers', which says what dense weights "
+            "they make up: an older hpclr has written it. Continue the run with this hpclr (`hpclr train`), which "
+            "saves a new checkpoint, and use that one."
         )
     return {}
 
