@@ -10,7 +10,8 @@ both exactly, for every stride, padding, dilation and number of groups, each of 
 writes the second the other way round; rows are outputs here as everywhere. s enters linearly, folded into U: no root
 and no absolute value, whose slopes at zero are infinite or missing; a singular value may cross zero.
 
-Both orders of multiplication need the same operations backwards as forwards, so the cheaper one depends on neither.
+Through the factors or with W rebuilt, whichever takes fewer operations. Either way a backward pass takes twice those of
+the forward pass, so that the choice is the same with one and without.
 """
 
 from math import prod
@@ -40,12 +41,17 @@ def dense(factors: Factors) -> Tensor:
     return (u * s) @ vh if u.shape[0] <= vh.shape[1] else u @ (s[:, None] * vh)
 
 
+def cheaper(*, through: int, rebuilt: int) -> bool:
+    """Whether the way through the factors takes fewer multiplications than rebuilding W."""
+    return through < rebuilt
+
+
 def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
     """`F.linear(x, U diag(s) Vᵀ, bias)`; x is (..., n), the result (..., m)."""
     u, s, vh = factors
     (m, k), n = u.shape, vh.shape[1]
     rows = prod(x.shape[:-1])
-    if rows * k * (n + m) < rows * m * n + m * n * k:
+    if cheaper(through=rows * k * (n + m), rebuilt=(rows + k) * m * n):
         return F.linear(F.linear(x, vh), u * s, bias)
     return F.linear(x, dense(factors), bias)
 
@@ -57,7 +63,7 @@ def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: Conv
     (m, k), n = u.shape, vh.shape[1]
     rows = x.shape[0] * geometry.positions(tuple(x.shape[2:]))
     convolve = CONVOLUTIONS[len(kernel)]
-    if rows * k * (groups * n + m) < rows * m * n + m * n * k:
+    if cheaper(through=rows * k * (groups * n + m), rebuilt=(rows + k) * m * n):
         h = convolve(x, _for_each_group(vh.reshape(k, -1, *kernel), groups), None, stride, padding, dilation, groups)
         return pointwise(h, u * s, bias, groups)
     return convolve(x, dense(factors).reshape(m, -1, *kernel), bias, stride, padding, dilation, groups)
@@ -67,10 +73,12 @@ def separable(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGe
     """A convolution decomposed spatial-wise; x is (N, in, height, width)."""
     u, s, vh = factors
     (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups = geometry
+    if kw == 1:  # the two decompositions are the same, and the other one strides both ways at once
+        return convolution(x, factors, bias, geometry)
     m, k, n = u.shape[0], u.shape[1], vh.shape[1]
     down = ConvGeometry((kh, 1), (sh, 1), (ph, 0), (dh, 1), groups)
     between, rows = (x.shape[0] * step.positions(tuple(x.shape[2:])) for step in (down, geometry))
-    if k * (between * groups * n + rows * m) < rows * m * n + m * n * k:
+    if cheaper(through=k * (between * groups * n + rows * m), rebuilt=(rows + k) * m * n):
         h = F.conv2d(x, _for_each_group(vh.reshape(k, -1, kh, 1), groups), None, *down[1:])
         across = (u * s).reshape(-1, kw, 1, k).permute(0, 3, 2, 1)
         return F.conv2d(h, across, bias, (1, sw), (0, pw), (1, dw), groups)
