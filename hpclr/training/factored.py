@@ -20,7 +20,7 @@ class Product(nn.Module):
 
     def forward(self, u: Tensor, sigma: Tensor, vh: Tensor) -> Tensor:
         """The weight."""
-        matrix = left(u, sigma) @ vh
+        matrix = (u * sigma if sigma.ndim == 1 else u @ sigma) @ vh  # of Σ there may be the diagonal alone
         if self.spatial:
             out, channels, height, width = self.shape
             return matrix.reshape(out, width, channels, height).permute(0, 2, 3, 1)
@@ -31,15 +31,12 @@ class Product(nn.Module):
         return tuple(factor.to(weight) for factor in self.factors)
 
 
-def left(u: Tensor, sigma: Tensor) -> Tensor:
-    """U Σ; of Σ there may be the diagonal alone."""
-    return u * sigma if sigma.ndim == 1 else u @ sigma
-
-
-def two_products(layer: Any, x: Tensor) -> Tensor:
-    """What nn.Linear and transformers' Conv1D compute, without the weight: y = (U Σ) Vᵀ x + b."""
+def three_products(layer: Any, x: Tensor) -> Tensor:
+    """What nn.Linear and transformers' Conv1D compute, without the weight: y = U Σ Vᵀ x + b."""
     factors = layer.parametrizations.weight
-    y: Tensor = x @ factors.original2.mT @ left(factors.original0, factors.original1).mT
+    u, sigma, vh = factors.original0, factors.original1, factors.original2
+    h = x @ vh.mT
+    y: Tensor = (h * sigma if sigma.ndim == 1 else h @ sigma.mT) @ u.mT
     return y if layer.bias is None else y + layer.bias
 
 
@@ -55,7 +52,7 @@ def with_factors(model: nn.Module, state: dict[str, Tensor], layers: dict[str, A
         for i, factor in enumerate(factors):
             state[f"{path}.parametrizations.{name}.original{i}".lstrip(".")] = factor
         if quick:
-            layer.forward = partial(two_products, layer)
+            layer.forward = partial(three_products, layer)
     model.load_state_dict(state)
     return model
 

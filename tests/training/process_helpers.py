@@ -395,9 +395,9 @@ def _line(launcher: str, size: int) -> list[object]:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The dense weights of the newest checkpoint: U Σ Vᵀ where a layer is low-rank."""
     found = {key[7:]: value for key, value in last_tree(run).items() if key.startswith("/model/")}
-    for name in [key.removesuffix("sigma") for key in found if key.endswith(".sigma")]:
-        u, sigma, vh = (found.pop(name + part) for part in ("u", "sigma", "vh"))
-        found[name + "weight"] = u @ sigma @ vh
+    for name, core in [key.rsplit(".", 1) for key in found if key.endswith((".sigma", ".s"))]:
+        u, sigma, vh = (found.pop(f"{name}.{part}") for part in ("u", core, "vh"))
+        found[f"{name}.weight"] = (u * sigma if sigma.ndim == 1 else u @ sigma) @ vh
     return found
 
 

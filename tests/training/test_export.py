@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_safetensors
-from training_helpers import OIALR, VIT, Bench, hpclr
+from training_helpers import OIALR, SVD, VIT, Bench, hpclr
 
 from hpclr.checkpoint import CheckpointStore, Json, load_file
 from hpclr.checkpoint.digest import write_sidecar
@@ -35,6 +35,7 @@ from documents import ROOT, blocks, commands, split
 
 SAMPLES = SimpleNamespace(sample_shape=(1, 8, 8), classes=[str(digit) for digit in range(10)])
 ALL = OIALR | {"max_aspect": 100.0, "keep_last": False, "layer_fraction": 1.0}
+ALL_SVD = SVD | {"max_aspect": 100.0, "keep_last": False}
 RUNS = {
     "mlp": {},
     "dense": {"method": {"name": "dense"}},
@@ -43,6 +44,12 @@ RUNS = {
     "vgg": {"model": {"name": "vgg16", "width": 0.03}, "method": ALL, "train": {"steps": 4}},
     "resnet": {"model": {"name": "resnet20", "width": 2}, "method": ALL, "train": {"steps": 4}},
     "everything": {"model": {"target": "export_models:Everything"}, "method": ALL, "train": {"ema": 0.5}},
+    "svd": {"model": {"target": "export_models:Everything"}, "method": ALL_SVD, "train": {"ema": 0.5}},
+    "svd, spatial": {
+        "model": {"target": "export_models:Everything"},
+        "method": ALL_SVD | {"decomposition": "spatial"},
+        "train": {"steps": 8},
+    },
     "lazy": {"model": {"target": "export_models:lazy"}, "method": ALL},
     "branching": {"model": {"target": "export_models:Branching"}, "train": {"steps": 2}},
     "fixed": {"model": {"target": "export_models:Fixed"}, "train": {"steps": 2}},
@@ -55,7 +62,7 @@ def trained(digits, tmp_path_factory):
 
     @cache
     def run(name):
-        if name == "everything":
+        if RUNS[name].get("model", {}).get("target") == "export_models:Everything":
             pytest.importorskip("transformers")
         bench = Bench(tmp_path_factory.mktemp(name), digits)
         done = hpclr("train", bench.write(**RUNS[name]), "--runs-dir", bench.path / "runs")
@@ -87,7 +94,9 @@ def samples(number=6):
     return torch.randn(number, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", ["mlp", "dense", "averaged", "vit", "resnet", "everything", "lazy", "vgg"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "dense", "averaged", "vit", "resnet", "everything", "lazy", "vgg", "svd", "svd, spatial"]
+)
 def test_the_original_class_computes_the_same(name, trained, tmp_path):
     run, x = trained(name), samples()
     expected = own_outputs(run, x)

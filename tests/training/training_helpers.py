@@ -15,6 +15,8 @@ from hpclr.cli import main
 
 # Of 13 steps: the conversion after 6, checks after 3, 9 and 12.
 OIALR = {"name": "oialr", "delay": 0.5, "every": 0.25, "cutoff": 0.3, "layer_fraction": 0.5}
+# Of 13 steps: regularised after 3, pruned after 6.
+SVD = {"name": "svd_training", "sparsity": 0.05, "regularize_at": 3, "prune_at": 0.5, "energy": 0.2}
 VIT = {"name": "vit", "patch": 4, "dim": 16, "depth": 1, "heads": 2}
 
 
