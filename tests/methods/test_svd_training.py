@@ -24,7 +24,7 @@ from small_runs import (
 from torch import nn
 
 from hpclr import EMA, OIALR, SVDTraining, densify
-from hpclr.lowrank import LowRankWarning, factorize
+from hpclr.lowrank import LowRankWarning, factorize, load_state_dict
 from hpclr.methods.regularizers import REGULARIZERS, hoyer, hoyer_square, l1, not_orthonormal
 from hpclr.methods.svd_training import directions_kept, random_factors
 
@@ -399,6 +399,21 @@ def test_where_nothing_was_trained_there_is_no_state(name):
         )
 
 
+@every_optimizer
+def test_which_state_a_new_factor_takes_over(name):
+    """State in the unit of a weight, an average of it or the size of its updates, cannot be shared out."""
+    model = mlp([6, 9, 6], torch.float64)
+    optimizer = make(name, model.parameters())
+    train_step(model, optimizer, *batch(0, 6, 6, torch.float64))
+    before = set(moments(optimizer, model[0].weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if name == "Adafactor" else "error", LowRankWarning)
+        svd_training(model, optimizer)
+    taken = set() if name in ("ASGD", "Adadelta", "Rprop", "Adafactor") else before
+    assert set(moments(optimizer, model[0].u)) == set(moments(optimizer, model[0].vh)) == taken
+    assert set(moments(optimizer, model[0].s)) == (before if name != "Adafactor" else set())
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
 def test_moments_and_gradients_at_the_conversion_follow_the_chain_rule(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -568,6 +583,7 @@ class Run:
     def load(self, state):
         for part, saved in zip((self.method, self.model, self.optimizer, self.ema), state, strict=True):
             part.load_state_dict(saved)
+            assert self.method.ranks == state[0]["ranks"]
         return self
 
 
@@ -627,3 +643,30 @@ def test_a_longer_run_is_not_pruned_twice():
         method.step()
     assert method.ranks == ranks
     assert method.checks == 0
+
+
+# --- beside OIALR ----------------------------------------------------------------------------------------------------
+
+
+def test_two_methods_may_train_different_layers():
+    model = mlp([10, 16, 12, 8])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    oialr = OIALR(model, optimizer, delay=2, every=2, cutoff=0.3, layer_fraction=1, include=["0"], keep_last=False)
+    method = svd_training(model, optimizer, prune_at=5, energy=0.1, exclude=["0"])
+    for step in range(8):
+        x, y = batch(step, 10, 8)
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(model(x), y) + method.penalty()).backward()
+        optimizer.step()
+        oialr.step()
+        method.step()
+    assert oialr.ranks.keys() == {"0"}
+    assert method.ranks.keys() == {"2", "4"}
+    assert method.ranks["2"] < 12
+    assert model[0].sigma.ndim == 2
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [
+        id(p) for p in model.parameters() if p.requires_grad
+    ]
+    fresh = mlp([10, 16, 12, 8], seed=1)
+    load_state_dict(fresh, model.state_dict())
+    assert torch.equal(fresh(x), model(x))
