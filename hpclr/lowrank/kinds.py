@@ -5,6 +5,7 @@ cheaper one than rebuilding the weight is worth having) and add a line to `KINDS
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
@@ -99,8 +100,13 @@ class Kind(NamedTuple):
     plain: type[LowRankModule]  # for subclasses with their own forward: they read `weight`, which is rebuilt
 
 
-def _subclass_of(*bases: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
-    return lambda cls: issubclass(cls, bases)
+def subclass_of(*bases: type[nn.Module]) -> Callable[[type[nn.Module]], bool]:
+    """Whether a class is one of these or comes from one."""
+    return partial(_is_one_of, bases)  # which can be pickled
+
+
+def _is_one_of(bases: tuple[type[nn.Module], ...], cls: type[nn.Module]) -> bool:
+    return issubclass(cls, bases)
 
 
 def _is_hugging_face_conv1d(cls: type[nn.Module]) -> bool:
@@ -111,9 +117,9 @@ Kinds = tuple[Kind, ...]
 
 # with frozen bases
 KINDS: Kinds = (
-    Kind(_subclass_of(nn.Linear), LowRankLinear, LinearWeight),
-    Kind(_subclass_of(nn.Conv1d, nn.Conv2d, nn.Conv3d), LowRankConv, ConvWeight),
-    Kind(_subclass_of(nn.MultiheadAttention), LowRankAttention, AttentionWeights),
+    Kind(subclass_of(nn.Linear), LowRankLinear, LinearWeight),
+    Kind(subclass_of(nn.Conv1d, nn.Conv2d, nn.Conv3d), LowRankConv, ConvWeight),
+    Kind(subclass_of(nn.MultiheadAttention), LowRankAttention, AttentionWeights),
     Kind(_is_hugging_face_conv1d, LowRankTransposedLinear, TransposedWeight),
 )
 

@@ -30,6 +30,7 @@ from hpclr.lowrank.kinds import (
     LowRankLinear,
     LowRankTransposedLinear,
     TransposedWeight,
+    subclass_of,
 )
 from hpclr.lowrank.layers import LowRankModule, Slot
 from hpclr.lowrank.product import CONVOLUTIONS, Arithmetic, ConvGeometry, Factors, pointwise
@@ -189,4 +190,4 @@ _FORMS: dict[type[LowRankModule], tuple[type[LowRankModule], type[LowRankModule]
     TransposedWeight: (SVDTransposedLinear, SVDTransposedWeight),
 }
 CHANNEL: Kinds = tuple(Kind(kind.matches, *_FORMS[kind.plain]) for kind in KINDS)
-SPATIAL: Kinds = (Kind(lambda cls: issubclass(cls, nn.Conv2d), SpatialConv, SpatialWeight), *CHANNEL)
+SPATIAL: Kinds = (Kind(subclass_of(nn.Conv2d), SpatialConv, SpatialWeight), *CHANNEL)

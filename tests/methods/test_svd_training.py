@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import warnings
 from fractions import Fraction
 from itertools import combinations
@@ -95,7 +96,7 @@ def test_the_penalty_and_its_gradients_by_finite_differences(regularizer, decomp
             at, steps = p.data.view(-1), []
             for h in (1e-6, -1e-6):
                 at[i] += h
-                steps.append(float(method.penalty()))
+                steps.append(method.penalty().item())
                 at[i] -= h
             assert (steps[0] - steps[1]) / 2e-6 == pytest.approx(float(gradient.view(-1)[i]), rel=1e-6, abs=1e-8)
 
@@ -167,6 +168,14 @@ def test_a_model_that_is_factored_already_is_taken_as_it_is():
     assert all(a is b for a, b in zip(model[0].parameters(), parameters, strict=True))
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert [id(p) for p in held] == [id(p) for p in model.parameters()]
+
+
+def test_a_copy_or_a_pickle_is_refused_since_it_would_lose_its_hooks():
+    model = mlp([6, 6, 6])
+    method = svd_training(model, idle(model))
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            attempt(method)
 
 
 @pytest.mark.parametrize(
