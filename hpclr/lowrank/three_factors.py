@@ -91,10 +91,10 @@ def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer) -> None:
 def join(optimizer: Optimizer, site: WeightSite) -> None:
     """Gives U and Vᵀ their places beside s, in the order of the model's parameters, if they have none yet."""
     u, s, vh = site.factors
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trio = [parameter for parameter in (u, s, vh) if parameter is s or id(parameter) not in held]
     for group in optimizer.param_groups:
-        places = {id(parameter): place for place, parameter in enumerate(group["params"])}
-        if id(s) in places and not places.keys() & {id(u), id(vh)}:
-            group["params"][places[id(s)] : places[id(s)] + 1] = [u, s, vh]
+        group["params"][:] = [new for old in group["params"] for new in (trio if old is s else [old])]
 
 
 def keep_directions(site: WeightSite, kept: Tensor, optimizer: Optimizer) -> list[Change]:

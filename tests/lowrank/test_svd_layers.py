@@ -207,6 +207,21 @@ def test_autocast_computes_in_its_type(order):
     assert layer.s.grad.dtype == torch.float32
 
 
+def test_a_compiled_model_is_one_graph_and_follows_its_ranks():
+    torch.compiler.reset()
+    model = with_trained_factors(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 6)), SPATIAL, 3)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 6, 6)
+    for rank in (3, 2):
+        for site in select(model).eligible:
+            u, s, vh = (factor.data for factor in site.factors)
+            site.convert(u[:, :rank], s[:rank], vh[:rank])
+        assert_near(compiled(x), model(x))
+        compiled(x).sum().backward()
+        assert model[0].u.grad.shape == (24, rank)
+    torch.compiler.reset()
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 

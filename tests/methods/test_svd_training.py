@@ -149,7 +149,7 @@ def test_random_factors_have_the_size_of_the_weight_and_follow_from_it():
     assert torch.equal(torch.get_rng_state(), state)
     for layer, norm in zip((model[0], model[2]), norms, strict=True):
         assert layer.weight.norm().item() == pytest.approx(norm, rel=1e-12)
-        assert float(not_orthonormal(layer.u.mT) + not_orthonormal(layer.vh)) < 1e-28
+        assert (not_orthonormal(layer.u.mT) + not_orthonormal(layer.vh)).item() < 1e-28
         assert layer.s.std() > 0.5 * layer.s.square().mean().sqrt()
     assert torch.equal(model[0].u, again[0].u)
     assert not torch.equal(model[0].u, other[0].u)
@@ -168,6 +168,9 @@ def test_a_model_that_is_factored_already_is_taken_as_it_is():
     assert all(a is b for a, b in zip(model[0].parameters(), parameters, strict=True))
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert [id(p) for p in held] == [id(p) for p in model.parameters()]
+    apart = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)  # each in a group of its own
+    svd_training(model, apart)
+    assert [len(group["params"]) for group in apart.param_groups] == [1] * 8
 
 
 def test_a_copy_or_a_pickle_is_refused_since_it_would_lose_its_hooks():
