@@ -169,6 +169,7 @@ def test_asked_during_a_save(saved, background, steered):
 
 @pytest.mark.usefixtures("always_looking")
 def test_of_a_job_the_batch_script_says_what_follows(steered):
+    steered.reference()
     steered.train(in_step(2, lambda: steered.ask("requeue signal USR1 from Slurm\n")))
     said = f"STOP (requeue: signal USR1 from Slurm): the run is saved at step 2 of {STEPS}"
     assert steered.outcome()["message"] == said
