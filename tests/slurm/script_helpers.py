@@ -10,8 +10,8 @@ from pathlib import Path
 from hpclr.parallel.watch.outcome import Outcome, record_outcome
 from hpclr.slurm.script import BatchScript
 
-PROGRAM = ("hpclr", "train", "--runs-dir", "/work/runs", "/work/runs/digits/submission/run.yaml")
-PLAIN = BatchScript("digits", Path("/work/runs/digits"), PROGRAM, "srun", nodes=2, processes=2)
+PROGRAM = ("hpclr", "train", "--runs-dir", "/scratch/runs", "/scratch/runs/digits/submission/run.yaml")
+PLAIN = BatchScript("digits", Path("/scratch/runs/digits"), PROGRAM, "srun", nodes=2, processes=2)
 JOB = "7"
 
 # What the processes of a start do: `ends` is given by the test.

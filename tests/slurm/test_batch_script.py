@@ -27,7 +27,7 @@ SITE = {
     "options": ("--partition=accelerated", "--account=my-project", "--exclusive"),
     "modules": ("devel/cuda/12.4", "mpi/openmpi/5.0"),
     "environment": {"NCCL_SOCKET_IFNAME": "ib0", "GREETING": "it's $$5", "PATH": "/opt/x y/bin:$PATH"},
-    "code": Path("/work/runs/digits/submission/code"),
+    "code": Path("/scratch/runs/digits/submission/code"),
     "python": "/home/me/venv/bin/python",
 }
 SCRIPTS = {

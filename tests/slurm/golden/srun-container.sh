@@ -8,13 +8,13 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
-#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --output=/scratch/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/scratch/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
 for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
-RUN=/work/runs/digits
+RUN=/scratch/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
 HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
 HPCLR_PATIENCE=120 # seconds for which a requeue is tried
@@ -25,6 +25,6 @@ export SLURM_EXPORT_ENV=ALL
 launch() {
   exec srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 \
     apptainer exec --nv --bind /scratch/me '/images/hpclr 0.1.sif' \
-    python -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml
+    python -m hpclr train --runs-dir /scratch/runs /scratch/runs/digits/submission/run.yaml
 }
 

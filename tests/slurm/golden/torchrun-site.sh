@@ -13,13 +13,13 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
-#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --output=/scratch/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/scratch/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
 for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
-RUN=/work/runs/digits
+RUN=/scratch/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
 HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
 HPCLR_PATIENCE=120 # seconds for which a requeue is tried
@@ -33,7 +33,7 @@ set -eu
 export NCCL_SOCKET_IFNAME=ib0
 export GREETING='it'"'"'s ''$'5
 export PATH='/opt/x y/bin:'"${PATH:-}"
-export PYTHONPATH=/work/runs/digits/submission/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=/scratch/runs/digits/submission/code${PYTHONPATH:+:$PYTHONPATH}
 
 launch() {
   local host port
@@ -45,7 +45,7 @@ launch() {
       --nnodes=4 --nproc-per-node=4 --rdzv-backend=c10d \
       --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
       --local-addr="$SLURMD_NODENAME"i \
-      -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml' \
+      -m hpclr train --runs-dir /scratch/runs /scratch/runs/digits/submission/run.yaml' \
     agent "$host" "$port"
 }
 

@@ -8,13 +8,13 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=/work/runs/digits/logs/%j_0_log.out
-#SBATCH --error=/work/runs/digits/logs/%j_0_log.err
+#SBATCH --output=/scratch/runs/digits/logs/%j_0_log.out
+#SBATCH --error=/scratch/runs/digits/logs/%j_0_log.err
 #SBATCH --export=NONE
 set -euo pipefail
 for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
-RUN=/work/runs/digits
+RUN=/scratch/runs/digits
 HPCLR_ATTEMPTS=20 # starts that the job may have
 HPCLR_CHAIN=no # yes: the next job of a chain goes on; no: this one is requeued
 HPCLR_PATIENCE=120 # seconds for which a requeue is tried
@@ -31,7 +31,7 @@ launch() {
       python -m torch.distributed.run \
       --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d \
       --rdzv-endpoint="$1:$2" --rdzv-id="$SLURM_JOB_ID" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
-      -m hpclr train --runs-dir /work/runs /work/runs/digits/submission/run.yaml' \
+      -m hpclr train --runs-dir /scratch/runs /scratch/runs/digits/submission/run.yaml' \
     agent "$host" "$port"
 }
 
