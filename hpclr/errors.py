@@ -5,6 +5,9 @@ and found, and what to do. The rooms that know nothing of commands (`lowrank`, `
 `models`) raise plain `ValueError`, `TypeError`; whoever calls them for a run file translates.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_RETRY = 75
@@ -61,3 +64,16 @@ def error_of(code: int, message: str) -> HpclrError:
     """The error that another process raised, from the exit code and the message that it sent."""
     kinds = {kind.exit_code: kind for kind in (UsageError, RetryableError, StopRequestedError)}
     return kinds.get(code, HpclrError)(message)
+
+
+@contextmanager
+def usage_errors(section: str) -> Iterator[None]:
+    """The rooms below speak of their arguments; here it is known which section of the run file those are.
+
+    Raises:
+        UsageError: in place of a ValueError or TypeError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{section}: {error}") from error

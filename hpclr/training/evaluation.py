@@ -16,8 +16,9 @@ from hpclr.config.schema import Target
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
-from hpclr.training.assembly import build_model, check_outputs, data_files, held_out
+from hpclr.training.assembly import data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
+from hpclr.training.model import build_model, check_outputs
 from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
 from hpclr.training.state import from_tree, tensors

@@ -15,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from hpclr.checkpoint import Loaded
 from hpclr.config import RunFile, parse_run_file
 from hpclr.errors import UsageError
-from hpclr.training.assembly import build_model, check_outputs
 from hpclr.training.evaluation import malformed_named, require_trust
 from hpclr.training.factored import with_factors
+from hpclr.training.model import build_model, check_outputs
 from hpclr.training.precision import Precision
 from hpclr.training.state import from_tree
 

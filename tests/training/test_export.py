@@ -23,10 +23,10 @@ from hpclr.checkpoint.digest import write_sidecar
 from hpclr.errors import HpclrError
 from hpclr.lowrank.interchange import dense_state_dict
 from hpclr.training import export
-from hpclr.training.assembly import build_model
 from hpclr.training.evaluation import _load_weights, load_run
 from hpclr.training.export import _Weights, _write_safetensors, _write_torch, _written_whole, export_checkpoint
 from hpclr.training.factored import load_factored
+from hpclr.training.model import build_model
 from hpclr.training.onnx_export import _quiet
 from hpclr.training.stored_weights import stored_weights
 

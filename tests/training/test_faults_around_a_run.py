@@ -17,7 +17,8 @@ from training_helpers import hpclr, last_tree, records, summary
 from hpclr.checkpoint import CheckpointStore, Json, load_file
 from hpclr.config import load_run_file
 from hpclr.output import Unfailing, let_go_of_dead_streams, printable
-from hpclr.training.assembly import _check_smallest_piece, _smallest_piece, assemble
+from hpclr.training.assembly import assemble
+from hpclr.training.model import check_smallest_piece, smallest_piece
 from hpclr.training.precision import Precision
 from hpclr.training.stopping import StopRequests
 
@@ -206,20 +207,20 @@ def test_a_piece_too_small_for_batch_normalisation(sections, samples, bench, mon
     ("batch", "micro", "steps", "smallest"),
     [(64, None, 13, 14), (64, None, 4, 64), (90, None, 9, 90), (64, 20, 4, 4), (64, 32, 13, 14), (90, 30, 9, 30)],
 )
-def test_the_smallest_piece(batch, micro, steps, smallest, bench):
+def test_thesmallest_piece(batch, micro, steps, smallest, bench):
     """Of 270 samples, as the batches themselves split."""
     file = bench.write(data={"batch_size": batch}, train={"steps": steps, "micro_batch": micro})
     parts = assemble(load_run_file(file))
     batches = [parts.loader.batch(0, index) for index in range(min(steps, len(parts.loader)))]
     assert min(len(piece.y) for b in batches for piece in b.split(micro or batch)) == smallest
-    assert _smallest_piece(parts.run, parts.loader, steps, processes=1) == smallest
+    assert smallest_piece(parts.run, parts.loader, steps, processes=1) == smallest
 
 
 def test_the_look_at_it_leaves_no_trace(bench):
     run = load_run_file(bench.write())
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
     mean, random = model[0].running_mean, torch.get_rng_state()
-    _check_smallest_piece(
+    check_smallest_piece(
         model, torch.randn(3, 4, generator=torch.Generator()), run, Precision("float32", torch.device("cpu"))
     )
     assert model[0].running_mean is mean

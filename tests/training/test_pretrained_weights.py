@@ -17,8 +17,8 @@ from hpclr.checkpoint import Json, write_tree
 from hpclr.checkpoint.digest import write_sidecar
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
-from hpclr.training.assembly import build_model
 from hpclr.training.export import export_checkpoint
+from hpclr.training.model import build_model
 from hpclr.training.weights import load_initial_weights
 
 SAMPLES = SimpleNamespace(sample_shape=(1, 8, 8), classes=list("0123456789"))

@@ -1,0 +1,53 @@
+"""The run file as types: every key, its type, range, default and meaning.
+
+Errors, overrides and the reference page (`docs/run-file.md`) are all derived from these classes.
+A section that comes in kinds (`model`, `schedule`, `method`, a rank rule) is a union of classes;
+the first field of such a class is a `Literal` that tells the kinds apart.
+"""
+
+from hpclr.config.schema.data import Data
+from hpclr.config.schema.method import Dense, Oialr, SvdTraining
+from hpclr.config.schema.model import Mlp, Resnet, Target, Vgg, Vit
+from hpclr.config.schema.optimization import Constant, Cosine, OneCycle, Optimizer, Step
+from hpclr.config.schema.rules import (
+    EnergyRule,
+    GavishDonohoRule,
+    MarchenkoPasturRule,
+    RelativeRule,
+    StableRankRule,
+    SumProportionRule,
+)
+from hpclr.config.schema.run import Checkpoint, Parallel, RunFile, Slurm, Train, Validation
+from hpclr.config.schema.types import RunName, Section, doc
+
+__all__ = [
+    "Checkpoint",
+    "Constant",
+    "Cosine",
+    "Data",
+    "Dense",
+    "EnergyRule",
+    "GavishDonohoRule",
+    "MarchenkoPasturRule",
+    "Mlp",
+    "Oialr",
+    "OneCycle",
+    "Optimizer",
+    "Parallel",
+    "RelativeRule",
+    "Resnet",
+    "RunFile",
+    "RunName",
+    "Section",
+    "Slurm",
+    "StableRankRule",
+    "Step",
+    "SumProportionRule",
+    "SvdTraining",
+    "Target",
+    "Train",
+    "Validation",
+    "Vgg",
+    "Vit",
+    "doc",
+]

@@ -1,0 +1,71 @@
+"""`model`: what is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from hpclr.config.schema.types import BelowOne, Count, FactoryName, FilePath, Positive, Section, doc
+
+Weights = Annotated[
+    FilePath | None,
+    doc("File of weights to start from: safetensors, a state dict of torch.save, or HDF5 of hpclr; null: random ones."),
+]
+WeightsExcept = Annotated[
+    tuple[str, ...], doc("Patterns of state-dict names that `weights` leaves as they are, such as another head.")
+]
+
+
+class Mlp(Section, kw_only=True, frozen=True):
+    """A multilayer perceptron on the flattened sample."""
+
+    name: Annotated[Literal["mlp"], doc("This kind of model.")] = "mlp"
+    hidden: Annotated[tuple[Count, ...], doc("Width of each hidden layer.")] = (256, 256)
+    activation: Annotated[Literal["relu", "gelu", "tanh"], doc("Between the layers.")] = "relu"
+    dropout: Annotated[BelowOne, doc("Probability of dropping a hidden activation.")] = 0.0
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
+class Vit(Section, kw_only=True, frozen=True):
+    """A vision transformer with pre-normalisation."""
+
+    name: Annotated[Literal["vit"], doc("This kind of model.")] = "vit"
+    image: Annotated[Count | None, doc("Side of the square image in pixels; null: as in the data.")] = None
+    patch: Annotated[Count, doc("Side of a patch in pixels; divides the image's.")] = 4
+    dim: Annotated[Count, doc("Width of the embedding; a multiple of `heads`.")] = 64
+    depth: Annotated[Count, doc("Number of transformer blocks.")] = 4
+    heads: Annotated[Count, doc("Attention heads in each block.")] = 4
+    mlp_ratio: Annotated[Positive, doc("Width of a block's MLP as a multiple of `dim`.")] = 4.0
+    dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.0
+    qkv_bias: Annotated[bool, doc("Whether the query, key and value projection has a bias.")] = True
+    pool: Annotated[Literal["mean", "cls"], doc("Mean over the patches, or a class token.")] = "mean"
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
+class Vgg(Section, kw_only=True, frozen=True):
+    """VGG-16 with batch normalisation, in the form used for CIFAR."""
+
+    name: Annotated[Literal["vgg16"], doc("This kind of model.")] = "vgg16"
+    width: Annotated[Positive, doc("Factor on the number of channels of every layer.")] = 1.0
+    dropout: Annotated[BelowOne, doc("Probability of dropping an activation before the head.")] = 0.0
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
+class Resnet(Section, kw_only=True, frozen=True):
+    """A residual network in the form used for CIFAR, of the depth in its name."""
+
+    name: Annotated[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"], doc("This kind of model.")]
+    width: Annotated[Count, doc("Channels of the first stage; the next have 2 and 4 times as many.")] = 16
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
+class Target(Section, kw_only=True, frozen=True):
+    """Any model that can be imported: `target` is called with `args`."""
+
+    target: Annotated[FactoryName, doc("What to import and call; takes the place of `name`.")]
+    args: Annotated[dict[str, Any], doc("Keyword arguments of the call.")] = {}  # noqa: RUF012 - msgspec copies it
+    weights: Weights = None
+    weights_except: WeightsExcept = ()

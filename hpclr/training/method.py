@@ -1,0 +1,62 @@
+"""From the `method` section to the method, and to what it needs of the processes."""
+
+from typing import Any
+
+import msgspec
+from torch import nn
+from torch.optim import Optimizer
+
+from hpclr.config import RunFile
+from hpclr.config.schema import Dense as DenseSection
+from hpclr.config.schema import Oialr, Section, SvdTraining
+from hpclr.methods import OIALR, Dense, Method, SVDTraining
+from hpclr.parallel.replica import Replica
+from hpclr.training.job import Job
+
+
+def build_replica(run: RunFile, model: nn.Module, job: Job) -> Replica:
+    """The model on all processes, with what the method asks of them."""
+    section, options = run.method, {}
+    if isinstance(section, Oialr):
+        options = {"svd": section.svd, "heat_rank": section.heat_rank}
+    return Replica(
+        model,
+        broadcast_buffers=False,  # not in every step: before they are read, that is, scored or saved
+        unused_parameters=run.parallel.unused_parameters,
+        doing=job.doing,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: int) -> Method:
+    """The method of a run file, bound to a model and an optimiser.
+
+    Raises:
+        ValueError: for settings that fit neither the model nor the length of the run.
+    """
+    section = run.method
+    match section:
+        case DenseSection():
+            return Dense(model)
+        case Oialr():
+            oialr = OIALR(model, optimizer, total_steps=total, **_options(section, "svd", "heat_rank"))
+            _check_moment("delay", section.delay, oialr.delay, total)
+            return oialr
+        case SvdTraining():
+            svd = SVDTraining(model, optimizer, total_steps=total, **_options(section))
+            _check_moment("prune_at", section.prune_at, svd.prune_at, total)
+            return svd
+
+
+def _options(section: Section, *of_others: str) -> dict[str, Any]:
+    """A method's arguments, without its name and those that are the replica's."""
+    options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
+    return {key: value for key, value in options.items() if key not in ("name", *of_others)}
+
+
+def _check_moment(key: str, written: float, step: int, total: int) -> None:
+    if step >= total:
+        raise ValueError(
+            f"{key} is {written} but the run has {total} steps, so nothing would ever become low-rank; "
+            f"make it less than {total}, or a fraction of the run below 1"
+        )
