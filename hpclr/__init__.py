@@ -1,6 +1,6 @@
 """hpclr: training neural networks whose weights become low-rank, on one machine or a whole cluster.
 
-from hpclr import OIALR, SVDTraining
+from hpclr import OIALR, SVDTraining, Truncate, FixedRank, Cuttlefish
 
 `import hpclr` is quick; torch is loaded when a name from here is first used.
 """
@@ -11,9 +11,22 @@ from hpclr.version import __version__
 
 if TYPE_CHECKING:
     from hpclr.lowrank import EMA, densify, factorize, rank_rule, stability, summarize
-    from hpclr.methods import OIALR, SVDTraining
+    from hpclr.methods import OIALR, Cuttlefish, FixedRank, SVDTraining, Truncate
 
-__all__ = ["EMA", "OIALR", "SVDTraining", "__version__", "densify", "factorize", "rank_rule", "stability", "summarize"]
+__all__ = [
+    "EMA",
+    "OIALR",
+    "Cuttlefish",
+    "FixedRank",
+    "SVDTraining",
+    "Truncate",
+    "__version__",
+    "densify",
+    "factorize",
+    "rank_rule",
+    "stability",
+    "summarize",
+]
 
 
 def __getattr__(name: str) -> Any:

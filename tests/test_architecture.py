@@ -15,7 +15,7 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names)
 ALLOWED = {
     "lowrank": {"torch"},
     "methods": {"torch", "hpclr.lowrank"},
-    "models": {"torch"},
+    "models": {"torch", "transformers"},
 }
 STRANGERS = {"checkpoint", "data", "config", "parallel", "slurm"}  # these do not know one another
 H5PY_ROOMS = {"checkpoint", "data"}

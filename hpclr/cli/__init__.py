@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("hpclr.cli.train:train", "Train a run file, or continue where it stopped."),
     "launch": ("hpclr.cli.launch:launch", "Train with several processes on this machine."),
     "sweep": ("hpclr.cli.sweep:sweep", "Train the runs of a grid or list of values, here or as one job array."),
+    "compare": ("hpclr.cli.compare:compare", "Train with several methods and seeds, and compare them: table, picture."),
     "submit": ("hpclr.cli.submit:submit", "Train a run file as a job of Slurm's, until it is done."),
     "resume": ("hpclr.cli.resume:resume", "Submit a run again, as it was submitted before."),
     "status": ("hpclr.cli.status:status", "Show how runs and their jobs are."),

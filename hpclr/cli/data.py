@@ -13,6 +13,7 @@ from hpclr.data.readers import READERS
 from hpclr.errors import UsageError
 
 if TYPE_CHECKING:
+    from hpclr.data import Dataset
     from hpclr.data.stored_statistics import StoredStatistics
     from hpclr.parallel.team import Team
 
@@ -89,11 +90,7 @@ def inspect(file: Path) -> None:
     with open_dataset(file) as dataset:
         facts = {
             "task": dataset.task,
-            "samples": ", ".join(f"{split} {size:,}" for split, size in dataset.sizes.items()),
-            "shape": f"{' x '.join(map(str, dataset.sample_shape))} {dataset.dtype}",
-            "classes" if dataset.task == "classification" else "columns": _listed(dataset.classes),
-            "mean": _listed([f"{value:.6g}" for value in dataset.mean]),
-            "std": _listed([f"{value:.6g}" for value in dataset.std]),
+            **_content(dataset),
             "checked": "when written" if dataset.trusted else "now; every value was read",
             "digest": dataset.digest,
             "size": f"{file.stat().st_size / 1e6:,.1f} MB",
@@ -152,6 +149,20 @@ def _source_and_out(reader: str, paths: tuple[Path, ...]) -> tuple[Path | None, 
             "OUT is the HDF5 file to write."
         )
     return (paths[0] if expected == 2 else None), paths[-1]
+
+
+def _content(dataset: "Dataset") -> dict[str, str]:
+    """What a dataset holds, in the words of its task."""
+    sizes = ", ".join(f"{split} {size:,}" for split, size in dataset.sizes.items())
+    if dataset.task == "language":
+        return {"tokens": f"{sizes}; {dataset.dtype}", "vocabulary": _listed([repr(name) for name in dataset.classes])}
+    return {
+        "samples": sizes,
+        "shape": f"{' x '.join(map(str, dataset.sample_shape))} {dataset.dtype}",
+        "classes" if dataset.task == "classification" else "columns": _listed(dataset.classes),
+        "mean": _listed([f"{value:.6g}" for value in dataset.mean]),
+        "std": _listed([f"{value:.6g}" for value in dataset.std]),
+    }
 
 
 def _in_short(statistics: "StoredStatistics", digest: str) -> str:

@@ -17,4 +17,4 @@ def evaluate(checkpoint: Path, split: str, data: Path | None, best: bool, trust:
     from hpclr.training.evaluation import evaluate_checkpoint
 
     score, path = evaluate_checkpoint(checkpoint, split=split, data=data, best=best, trust=trust, untrusted=untrusted)
-    click.echo(f"{path}: {split} accuracy {score.accuracy:.2%}, loss {score.loss:.4f}, {score.samples} samples")
+    click.echo(f"{path}: {split} {score}, {score.samples} samples")

@@ -20,6 +20,8 @@ JOB_SCRIPT = "job.sh"
 _RECORD = "submission.json"
 _JOBS = Path("logs", "jobs")
 
+Command = Literal["submit", "resume", "sweep", "compare"]
+
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for; fields of a later version are passed over.
@@ -63,7 +65,7 @@ class Submitted(msgspec.Struct, frozen=True):
 
     time: str
     jobs: tuple[str, ...]
-    by: Literal["submit", "resume", "sweep"]
+    by: Command
     script: str = ""
 
 
@@ -89,9 +91,7 @@ def write_submission(directory: Path, submission: Submission) -> None:
     write_whole(directory / _RECORD, msgspec.json.format(msgspec.json.encode(submission), indent=2) + b"\n")
 
 
-def note_jobs(
-    run: Path, jobs: tuple[str, ...], by: Literal["submit", "resume", "sweep"], script: Path | str = ""
-) -> None:
+def note_jobs(run: Path, jobs: tuple[str, ...], by: Command, script: Path | str = "") -> None:
     """Appends the numbers of jobs to the run's list, or leaves it as it is.
 
     Raises:

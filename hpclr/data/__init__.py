@@ -9,21 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpclr.data.augment import Augment
+    from hpclr.data.batches import Batch, BatchLoader
     from hpclr.data.dataset import Dataset, open_dataset
-    from hpclr.data.loader import Batch, Loader, choose_order
+    from hpclr.data.loader import Loader, choose_order
     from hpclr.data.order import Order, sample_order
     from hpclr.data.preparation import prepare
     from hpclr.data.staging import stage, staged
     from hpclr.data.stream import BatchStream
+    from hpclr.data.windows import WindowLoader, count_windows
 
 __all__ = [
     "Augment",
     "Batch",
+    "BatchLoader",
     "BatchStream",
     "Dataset",
     "Loader",
     "Order",
+    "WindowLoader",
     "choose_order",
+    "count_windows",
     "open_dataset",
     "prepare",
     "sample_order",
@@ -33,12 +38,15 @@ __all__ = [
 
 _MODULES = {
     "Augment": "augment",
-    "Batch": "loader",
+    "Batch": "batches",
+    "BatchLoader": "batches",
     "BatchStream": "stream",
     "Dataset": "dataset",
     "Loader": "loader",
     "Order": "order",
+    "WindowLoader": "windows",
     "choose_order": "loader",
+    "count_windows": "windows",
     "open_dataset": "dataset",
     "prepare": "preparation",
     "sample_order": "order",

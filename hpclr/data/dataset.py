@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from hpclr.data.file import DatasetFile
 from hpclr.data.layout import Array
 from hpclr.errors import UsageError
 
-_MUST_AGREE = {"task": "task", "classes": "classes or columns", "sample_shape": "shape of a sample", "dtype": "type"}
+_MUST_AGREE = {
+    "task": "task",
+    "classes": "classes, columns or vocabulary",
+    "sample_shape": "shape of a sample",
+    "dtype": "type",
+}
+
+_MOST_NAMES = 12
 
 
 class Dataset:
@@ -24,14 +32,15 @@ class Dataset:
     Attributes:
         paths: the files.
         path: the first of them.
-        task: "classification" or "forecasting".
-        classes: names of the classes in the order of the labels; for forecasting the columns.
-        sample_shape: (C, H, W) or (F,); for forecasting (C,).
-        dtype: type of x or series as stored.
+        task: "classification", "forecasting" or "language".
+        classes: names of the classes in the order of the labels; for forecasting the columns, of text the
+            vocabulary.
+        sample_shape: (C, H, W) or (F,); for forecasting (C,), of text ().
+        dtype: type of x, series or tokens as stored.
         mean: of each channel over the training split, (C,) float64, in the units of the file; of several files
-            that of their training samples together.
+            that of their training samples together; of text (0,).
         std: likewise, never zero.
-        sizes: split → number of samples in all files.
+        sizes: split → number of samples, rows or tokens in all files.
         trusted: whether all files say that their content was checked when they were written.
         digest: sha256 of the content; of several files the sha256 of the list of their digests.
         stamp: size in bytes and time of the last change (mtime_ns) of the file when it was opened; of several,
@@ -175,9 +184,19 @@ def _check_agreement(files: Sequence[DatasetFile]) -> None:
             expected, found = getattr(first, name), getattr(file, name)
             if found != expected:
                 raise UsageError(
-                    f"{file.path}: its {what} is {found}, that of {first.path} is {expected}; files that count as one "
-                    "dataset must agree in it. Prepare them alike, or leave one out."
+                    f"{file.path}: its {what} is {_from(found, expected)}, that of {first.path} is "
+                    f"{_from(expected, found)}; files that count as one dataset must agree in it. Prepare them alike, "
+                    "or leave one out."
                 )
+
+
+def _from(value: Any, other: Any) -> str:
+    """A value for a message that shows two; of a long list of names what begins with the first difference."""
+    if not isinstance(value, list) or len(value) <= _MOST_NAMES:
+        return f"{value}"
+    pairs = zip(value, other, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return f"{len(value)} names, from number {same} (from 0) on {value[same : same + _MOST_NAMES]}"
 
 
 def _statistics(files: Sequence[DatasetFile]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

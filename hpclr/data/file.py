@@ -21,6 +21,7 @@ from hpclr.data.layout import (
     FIELDS,
     NAMES,
     SPLITS,
+    STATISTICS,
     Array,
     ContentDigest,
     decode_json,
@@ -71,12 +72,15 @@ class DatasetFile:
         self.sizes: dict[str, int] = {split: len(file[split][field]) for split in SPLITS if split in file}
         self.sample_shape: tuple[int, ...] = tuple(first.shape[1:])
         self.dtype: np.dtype[Any] = first.dtype
-        self.mean: npt.NDArray[np.float64] = file["mean"][...].astype(np.float64)
-        self.std: npt.NDArray[np.float64] = file["std"][...].astype(np.float64)
+        self.mean, self.std = self._statistic("mean", file), self._statistic("std", file)
         self.classes: list[str] = decode_json(file[NAMES[self.task]][...])
         self.digest = stored_digest(file)
         self.trusted: bool = bool(self.digest)
         self.stamp = _stamp(file)
+
+    def _statistic(self, name: str, file: h5py.File) -> npt.NDArray[np.float64]:
+        present = name in STATISTICS[self.task]
+        return file[name][...].astype(np.float64) if present else np.empty(0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_fields": {}}
@@ -127,7 +131,7 @@ class DatasetFile:
             step = rows_in(BLOCK_BYTES, self.sample_shape, self.dtype.itemsize)
             for first in range(0, size, step):
                 self._scan_block(split, first, first + step, digest)
-        for name in ("mean", "std", NAMES[self.task]):
+        for name in (*STATISTICS[self.task], NAMES[self.task]):
             digest.update(name, self._opened()[name][...])
         return digest.hexdigest()
 

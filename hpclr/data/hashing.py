@@ -28,6 +28,7 @@ class Stream(IntEnum):
     SPLIT = 7
     CHUNK = 8
     WINDOW = 9
+    SHIFT = 10
 
 
 def mix(x: U64) -> U64:
@@ -54,6 +55,6 @@ def hashes(key: int, counters: npt.NDArray[Any]) -> U64:
     return mix(np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
-def below(words: U64, bound: int) -> npt.NDArray[np.int64]:
-    """Random words as whole numbers 0 … bound − 1, for bounds below 2³¹."""
-    return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+def below(words: U64, bound: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Random words as whole numbers 0 … bound − 1, for bounds below 2³¹, one for all or one for each."""
+    return ((words >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(np.int64)

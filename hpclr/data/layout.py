@@ -17,9 +17,12 @@ CHUNK_CACHE_BYTES: Final = 16 << 20
 BLOCK_BYTES: Final = 4 << 20  # how much is read, checked and written at a time
 
 SPLITS: Final = ("train", "valid", "test")
-FIELDS: Final = {"classification": ("x", "y"), "forecasting": ("series",)}
-NAMES: Final = {"classification": "classes", "forecasting": "columns"}
-DTYPES: Final = {"x": ("uint8", "float32"), "y": ("int64",), "series": ("float32",)}
+FIELDS: Final = {"classification": ("x", "y"), "forecasting": ("series",), "language": ("tokens",)}
+NAMES: Final = {"classification": "classes", "forecasting": "columns", "language": "vocabulary"}
+STATISTICS: Final = {"classification": ("mean", "std"), "forecasting": ("mean", "std"), "language": ()}
+CONSECUTIVE: Final = ("forecasting", "language")  # tasks whose splits follow one another in one series
+RANKS: Final = {"x": (2, 4), "y": (1,), "series": (2,), "tokens": (1,)}
+DTYPES: Final = {"x": ("uint8", "float32"), "y": ("int64",), "series": ("float32",), "tokens": ("uint16",)}
 
 EXPECTED: Final = {
     "classification": (
@@ -29,6 +32,9 @@ EXPECTED: Final = {
     "forecasting": (
         "/train/series, /test/series (T, C) float32, /valid/series likewise or absent, "
         "/mean and /std (C,) float64, /columns JSON list as uint8"
+    ),
+    "language": (
+        "/train/tokens, /test/tokens (T,) uint16, /valid/tokens likewise or absent, /vocabulary JSON list as uint8"
     ),
 }
 
@@ -102,9 +108,9 @@ def first_not_finite(rows: Array) -> int | None:
     return int(np.argmin(np.isfinite(rows).reshape(len(rows), -1).all(axis=1)))
 
 
-def first_bad_label(labels: Array, classes: int) -> int | None:
-    """Index of the first label outside 0 … classes − 1."""
-    bad = (labels < 0) | (labels >= classes)
+def first_outside(numbers: Array, count: int) -> int | None:
+    """Index of the first number outside 0 … count − 1."""
+    bad = (numbers < 0) | (numbers >= count)
     return int(np.argmax(bad)) if bad.any() else None
 
 
@@ -113,8 +119,9 @@ def fault_in(arrays: dict[str, Array], classes: int) -> tuple[int, str] | None:
     for name, rows in arrays.items():
         if (row := first_not_finite(rows)) is not None:
             return row, f"{name} holds a value that is NaN or infinite; every value must be a finite number"
-    if "y" in arrays and (row := first_bad_label(arrays["y"], classes)) is not None:
-        return row, f"the label is {int(arrays['y'][row])}, expected 0 to {classes - 1} ({classes} classes)"
+    for name, what, names in (("y", "label", "classes"), ("tokens", "token", "names in the vocabulary")):
+        if name in arrays and (row := first_outside(arrays[name], classes)) is not None:
+            return row, f"the {what} is {int(arrays[name][row])}, expected 0 to {classes - 1} ({classes} {names})"
     return None
 
 

@@ -1,12 +1,13 @@
 """Preparing data: from a source in any known format to one HDF5 file, block by block."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hpclr.data.hashing import Stream, key
-from hpclr.data.layout import FIELDS, SPLITS, Array, fault_in
+from hpclr.data.layout import CONSECUTIVE, FIELDS, SPLITS, Array, fault_in
 from hpclr.data.order import permute
 from hpclr.data.readers import open_source
 from hpclr.data.source import Block, Source
@@ -44,13 +45,13 @@ def prepare(
             default 0.1, or 0 where the source has such a split.
         seed: chooses the validation samples, and those that `limit` keeps.
         image_size: side in pixels to which pictures are brought.
-        limit: at most so many samples of each split: a random choice, of a time series the first rows.
+        limit: at most so many samples of each split: a random choice, of a time series or text its beginning.
         force: replace `out` if it is there.
         progress: called after every block.
         team: processes that read a share of the blocks with `hpclr.data.teamwork.read_share`; the file is the same.
 
     Returns:
-        split → number of samples in the file.
+        split → number of samples, rows or tokens in the file.
 
     Raises:
         UsageError: for a source, an option or an output file that cannot be used; names file and index.
@@ -61,7 +62,8 @@ def prepare(
     roles = _roles(data, _valid_fraction(data, valid_fraction), seed, limit)
     sizes = {split: count for split in SPLITS if (count := _count(roles, split))}
     rows = sum(sizes.values())
-    size_bytes = rows * (int(np.prod(data.row_shape)) * np.dtype(data.dtype).itemsize + 8)
+    labels = 8 if "y" in FIELDS[data.task] else 0
+    size_bytes = rows * (int(np.prod(data.row_shape)) * np.dtype(data.dtype).itemsize + labels)
     with replacing(out, size_bytes) as temporary:
         with DatasetWriter(temporary, data, sizes) as writer:
             for part in data.parts:
@@ -92,28 +94,60 @@ def _valid_fraction(source: Source, asked: float | None) -> float:
     return asked
 
 
-def _roles(source: Source, valid_fraction: float, seed: int, limit: int | None) -> dict[str, Array]:
-    """For every row of every part the index, in `_TARGETS`, of the split it goes to, or _DROPPED."""
+@dataclass(frozen=True)
+class _Drawn:
+    """The rows of a part go where it was drawn for each."""
+
+    roles: Array  # for each row the index, in _TARGETS, of the split it goes to, or _DROPPED
+
+    def count(self, target: int) -> int:
+        return int(np.count_nonzero(self.roles == target))
+
+    def of(self, first: int, last: int) -> Array:
+        return self.roles[first:last]
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """The first rows of a part stay, those after them are dropped; as this holds no array, a text may be any length."""
+
+    kept: int
+
+    def count(self, target: int) -> int:
+        return self.kept if target == 0 else 0
+
+    def of(self, first: int, last: int) -> Array:
+        return np.where(np.arange(first, last) < self.kept, 0, _DROPPED)
+
+
+_Roles = dict[str, _Drawn | _Leading]  # for every part
+
+
+def _roles(source: Source, valid_fraction: float, seed: int, limit: int | None) -> _Roles:
+    """Which split every row of every part goes to."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: expected at least 1, found {limit}")
-    roles = {}
+    roles: _Roles = {}
     for number, part in enumerate(source.parts):
         size = source.parts[part].size
         if not size:
             raise UsageError(f"the source has no sample in its {part} split; expected at least 1")
         kept = min(size, limit or size)
-        order = _order(source, size, kept, seed, number)
-        roles[part] = np.full(size, _DROPPED, dtype=np.int8)
-        roles[part][order[:kept]] = 0
-        if part == "train" and valid_fraction:
-            roles[part][order[: _held_out(valid_fraction, kept)]] = 1
+        if source.task in CONSECUTIVE:
+            roles[part] = _Leading(kept)
+        else:
+            held_out = _held_out(valid_fraction, kept) if part == "train" and valid_fraction else 0
+            order = permute(key(seed, number, Stream.SPLIT), np.arange(kept), size)
+            roles[part] = _Drawn(_drawn(order, size, held_out))
     return roles
 
 
-def _order(source: Source, size: int, kept: int, seed: int, number: int) -> Array:
-    """Rows in the order in which they are chosen; a time series stays in one piece."""
-    positions = np.arange(kept)
-    return positions if source.task == "forecasting" else permute(key(seed, number, Stream.SPLIT), positions, size)
+def _drawn(order: Array, size: int, held_out: int) -> Array:
+    """Roles (size,) of which the rows in `order` are kept, the first of them for validation."""
+    roles = np.full(size, _DROPPED, dtype=np.int8)
+    roles[order] = 0
+    roles[order[:held_out]] = 1
+    return roles
 
 
 def _held_out(fraction: float, kept: int) -> int:
@@ -126,17 +160,15 @@ def _held_out(fraction: float, kept: int) -> int:
     return count
 
 
-def _count(roles: dict[str, Array], split: str) -> int:
+def _count(roles: _Roles, split: str) -> int:
     """Rows that go to a split, from whichever part."""
-    return sum(
-        int(np.count_nonzero(roles[part] == _TARGETS[part].index(split))) for part in roles if split in _TARGETS[part]
-    )
+    return sum(roles[part].count(_TARGETS[part].index(split)) for part in roles if split in _TARGETS[part])
 
 
 def _copy(
     source: Source,
     part: str,
-    roles: dict[str, Array],
+    roles: _Roles,
     writer: DatasetWriter,
     progress: Progress,
     team: Team | None,
@@ -149,7 +181,7 @@ def _copy(
     for block in all_blocks(source, part, team):
         count = len(block.arrays[FIELDS[source.task][0]])
         _check(block, len(source.names))
-        where = roles[part][done : done + count]
+        where = roles[part].of(done, done + count)
         for index, split in enumerate(_TARGETS[part]):
             rows = where == index
             if rows.any():

@@ -19,7 +19,7 @@ _MOST_CLASSES = 1_000_000  # more only where there are as many samples: every cl
 class Block(NamedTuple):
     """Consecutive rows of a split."""
 
-    arrays: dict[str, Array]  # field → rows: x and y, or series; all of one length
+    arrays: dict[str, Array]  # field → rows: x and y, or series, or tokens; all of one length
     file: Path | str  # where they come from, for messages
     first: int  # index of the first of them in that file
 
@@ -50,9 +50,9 @@ class Source:
     """A data set before it is written.
 
     Attributes:
-        names: the classes, in the order of the labels; for forecasting the columns.
-        row_shape: shape of one sample (C, H, W) or (F,); for forecasting (C,).
-        dtype: "uint8" or "float32", of x or series.
+        names: the classes, in the order of the labels; for forecasting the columns, of text the vocabulary.
+        row_shape: shape of one sample (C, H, W) or (F,); for forecasting (C,), of text ().
+        dtype: "uint8" or "float32", of x or series; "uint16" of tokens.
         parts: "train" and "test", and "valid" where the source has one.
         origin: the file or folder that was named, for messages.
     """

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from hpclr.data.dataset import open_dataset
-from hpclr.data.layout import LIBVER, Array, as_array, text
+from hpclr.data.layout import LIBVER, STATISTICS, Array, as_array, text
 from hpclr.data.writer import create, replacing
 from hpclr.errors import UsageError
 
@@ -46,11 +46,16 @@ def check_split(file: Path, split: str) -> tuple[str, list[str]]:
     """The digest of a dataset file's content and the names of its classes, none for forecasting.
 
     Raises:
-        UsageError: for a file that is no dataset, or has no such split.
+        UsageError: for a file that is no dataset, has no such split, or holds text.
     """
     with open_dataset(file) as dataset:
         if split not in dataset.sizes:
             raise UsageError(f"--split: {file} has {', '.join(dataset.sizes)}, found '{split}'. Name one that it has.")
+        if not STATISTICS[dataset.task]:
+            raise UsageError(
+                f"{file}: its task is {dataset.task}; tokens have neither mean nor principal components. "
+                "`hpclr data inspect` shows how many there are."
+            )
         return dataset.digest, dataset.classes if dataset.task == "classification" else []
 
 

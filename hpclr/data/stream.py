@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hpclr.data.loader import Batch, Loader
+from hpclr.data.batches import Batch, BatchLoader
 from hpclr.data.workers import Workers
 
 
@@ -24,7 +24,9 @@ class BatchStream:
         UsageError: where a batch is taken, if the file turns out to be damaged.
     """
 
-    def __init__(self, loader: Loader, first_step: int, last_step: int, *, workers: int = 0, prefetch: int = 2) -> None:
+    def __init__(
+        self, loader: BatchLoader, first_step: int, last_step: int, *, workers: int = 0, prefetch: int = 2
+    ) -> None:
         self._loader, self._count, self._prefetch = loader, workers, prefetch
         self._step, self._last = first_step, last_step
         self._workers: Workers | None = None

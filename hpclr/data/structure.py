@@ -6,12 +6,24 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpclr.data.layout import DTYPES, EXPECTED, FIELDS, FORMAT, NAMES, SPLITS, VERSION, decode_json, text
+from hpclr.data.layout import (
+    DTYPES,
+    EXPECTED,
+    FIELDS,
+    FORMAT,
+    NAMES,
+    RANKS,
+    SPLITS,
+    STATISTICS,
+    VERSION,
+    decode_json,
+    text,
+)
 from hpclr.errors import UsageError
 
 
 def task_of(path: Path, file: h5py.File) -> str:
-    """What a file is for: "classification" or "forecasting".
+    """What a file is for: "classification", "forecasting" or "language".
 
     Raises:
         UsageError: if it is no dataset file.
@@ -20,7 +32,7 @@ def task_of(path: Path, file: h5py.File) -> str:
     if found["format"] != FORMAT or found["version"] != str(VERSION) or found["task"] not in FIELDS:
         raise UsageError(
             f"{path}: expected the root attributes format='{FORMAT}', version={VERSION}, "
-            f"task='classification' or 'forecasting', found {found}. "
+            f"task={' or '.join(map(repr, FIELDS))}, found {found}. "
             "Write the file with `hpclr data prepare`, or as docs/data.md says."
         )
     return found["task"]
@@ -33,7 +45,7 @@ def check_structure(path: Path, file: h5py.File, task: str) -> None:
         UsageError: naming every part that is missing or malformed.
     """
     problems = [problem for split in SPLITS for problem in _split_problems(file, split, task)]
-    problems += _names_problems(file, NAMES[task])
+    problems += _names_problems(file, task)
     if not problems:
         problems = _agreement_problems(file, task)
     if problems:
@@ -57,20 +69,20 @@ def _field_problems(file: h5py.File, name: str, field: str) -> Iterator[str]:
     if found is None:
         yield f"/{name} is missing"
         return
-    ranks = {"x": (2, 4), "y": (1,), "series": (2,)}[field]
-    if found.ndim not in ranks:
-        yield f"/{name} has {found.ndim} dimensions, expected {' or '.join(map(str, ranks))}"
+    if found.ndim not in RANKS[field]:
+        yield f"/{name} has {found.ndim} dimensions, expected {' or '.join(map(str, RANKS[field]))}"
     elif not found.size:
         yield f"/{name} is empty, its shape is {found.shape}"
     if str(found.dtype) not in DTYPES[field]:
         yield f"/{name} is {found.dtype}, expected {' or '.join(DTYPES[field])}"
 
 
-def _names_problems(file: h5py.File, name: str) -> Iterator[str]:
-    for statistic in ("mean", "std"):
+def _names_problems(file: h5py.File, task: str) -> Iterator[str]:
+    for statistic in STATISTICS[task]:
         found = _dataset(file, statistic)
         if found is None or found.ndim != 1 or found.dtype.kind != "f":
             yield f"/{statistic} {_is_what(found)}, expected (C,) float64"
+    name = NAMES[task]
     found = _dataset(file, name)
     if found is None or found.dtype != np.uint8:
         yield f"/{name} {_is_what(found)}, expected the bytes of a JSON list"
@@ -104,7 +116,8 @@ def _agreement_problems(file: h5py.File, task: str) -> list[str]:
             )
         if "y" in FIELDS[task] and len(file[split]["y"]) != len(rows):
             problems.append(f"/{split}/{field} has {len(rows)} samples but /{split}/y {len(file[split]['y'])} labels")
-    problems += _statistics_problems(file, first.shape[1])
+    if STATISTICS[task]:
+        problems += _statistics_problems(file, first.shape[1])
     if task == "forecasting" and (count := len(decode_json(file["columns"][...]))) != first.shape[1]:
         problems.append(f"/columns has {count} names, /train/series has {first.shape[1]} columns")
     return problems

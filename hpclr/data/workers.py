@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpclr.data.loader import Batch, Loader, empty
+from hpclr.data.batches import Batch, BatchLoader, Form, empty
 from hpclr.errors import RetryableError
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps what processes share
+_INDEX = Form((), torch.int64)
 _ADVICE = "Set data.workers=0, or fewer workers,"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -44,7 +46,7 @@ class Workers:
         RetryableError: if they cannot be started.
     """
 
-    def __init__(self, loader: Loader, count: int, prefetch: int) -> None:
+    def __init__(self, loader: BatchLoader, count: int, prefetch: int) -> None:
         self._loader, self._workers = loader, []
         self.prefetch = prefetch
         atexit.register(self.close)  # multiprocessing would wait at exit for workers that do not end by themselves
@@ -71,7 +73,7 @@ class Workers:
         """
         pieces = [worker.take() for worker in self._workers]
         samples = sum(len(piece.y) for piece in pieces)
-        x = empty((samples, *self._loader.dataset.sample_shape), self._loader.dtype)
+        x = empty((samples, *self._loader.x_form.shape), self._loader.x_form.dtype)
         torch.cat([piece.x for piece in pieces], out=x)
         y, indices = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("y", "indices"))
         mixed = [piece.y_mixed for piece in pieces if piece.y_mixed is not None]
@@ -86,15 +88,24 @@ class Workers:
             worker.join()
 
 
+class _Slots(NamedTuple):
+    """Shared memory for pieces: of each field as many as a worker may be ahead, (prefetch, samples, …)."""
+
+    x: Tensor
+    y: Tensor
+    indices: Tensor
+    y_mixed: Tensor  # for no samples where nothing is mixed
+
+
 class _Worker:
     """One process, the pipe to it, and the shared memory in which it leaves its pieces."""
 
-    def __init__(self, loader: Loader, piece: tuple[int, int], prefetch: int) -> None:
+    def __init__(self, loader: BatchLoader, piece: tuple[int, int], prefetch: int) -> None:
         self._name = f"worker {piece[0]} of {piece[1]} (data.workers)"
-        self._x, self._labels = _allocate(loader, piece[1], prefetch)
+        self._slots = _allocate(loader, piece[1], prefetch)
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(  # MPI and threads forbid fork
-            target=_work, args=(loader, piece, self._x, self._labels, theirs), daemon=True, name=self._name
+            target=_work, args=(loader, piece, self._slots, theirs), daemon=True, name=self._name
         )
         try:
             self._process.start()
@@ -118,8 +129,8 @@ class _Worker:
         if isinstance(answer, _Failure):
             raise answer.error from _Remote(f"in {self._name}:\n{answer.text}")
         slot, count, mixed, lam, weight = answer
-        y, indices, y_mixed = self._labels[slot, :, :count]
-        return Batch(self._x[slot, :count], y, indices, y_mixed if mixed else None, lam, weight)
+        x, y, indices, y_mixed = (field[slot, :count] for field in self._slots)
+        return Batch(x, y, indices, y_mixed if mixed else None, lam, weight)
 
     def kill(self) -> None:
         self._connection.close()
@@ -152,17 +163,17 @@ class _Failure:
         self.error, self.text = error, traceback.format_exc()
 
 
-def _work(loader: Loader, piece: tuple[int, int], x: Tensor, labels: Tensor, connection: Connection) -> None:
+def _work(loader: BatchLoader, piece: tuple[int, int], slots: _Slots, connection: Connection) -> None:
     """What a worker does until its parent closes the pipe, or ends in whatever way."""
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             epoch, index, slot = connection.recv()
-            connection.send(_answer(loader, piece, (epoch, index), x[slot], labels[slot], slot))
+            connection.send(_answer(loader, piece, (epoch, index), slots, slot))
 
 
 def _answer(
-    loader: Loader, piece: tuple[int, int], place: tuple[int, int], x: Tensor, labels: Tensor, slot: int
+    loader: BatchLoader, piece: tuple[int, int], place: tuple[int, int], slots: _Slots, slot: int
 ) -> tuple[int, int, bool, float, float] | _Failure:
     """Makes a piece and leaves it in a slot; returns what else belongs to it, or what went wrong."""
     try:
@@ -170,27 +181,25 @@ def _answer(
     except Exception as error:
         return _Failure(error)
     count, mixed = len(batch.y), batch.y_mixed is not None
-    x[:count].copy_(batch.x)
-    for number, values in enumerate((batch.y, batch.indices, batch.y_mixed)):
+    for field, values in zip(slots, (batch.x, batch.y, batch.indices, batch.y_mixed), strict=True):
         if values is not None:
-            labels[number, :count].copy_(values)
+            field[slot, :count].copy_(values)
     return slot, count, mixed, batch.lam, batch.weight
 
 
-def _allocate(loader: Loader, pieces: int, prefetch: int) -> tuple[Tensor, Tensor]:
-    """Shared memory for `prefetch` pieces: x (prefetch, samples, …), and y, indices, y_mixed (prefetch, 3, samples)."""
-    samples = loader.most_samples(pieces)
-    shape = (prefetch, samples, *loader.dataset.sample_shape)
-    with _sharing(
-        math.prod(shape) * loader.dtype.itemsize, f"{prefetch} batches prefetched by one of {pieces} workers"
-    ):
-        x = torch.empty(shape, dtype=loader.dtype).share_memory_()
-        return x, torch.empty((prefetch, 3, samples), dtype=torch.int64).share_memory_()
+def _allocate(loader: BatchLoader, pieces: int, prefetch: int) -> _Slots:
+    """Shared memory for `prefetch` pieces."""
+    samples, y = loader.most_samples(pieces), loader.y_form
+    mixed = y if loader.mixup else Form((0,), y.dtype)
+    forms = [Form((prefetch, samples, *form.shape), form.dtype) for form in (loader.x_form, y, _INDEX, mixed)]
+    needed = sum(math.prod(form.shape) * form.dtype.itemsize for form in forms)
+    with _sharing(needed, f"{prefetch} batches prefetched by one of {pieces} workers"):
+        return _Slots(*(torch.empty(form.shape, dtype=form.dtype).share_memory_() for form in forms))
 
 
-def _share_split(loader: Loader) -> None:
+def _share_split(loader: BatchLoader) -> None:
     """Moves a split that is in memory to where one copy serves all workers."""
-    if loader.kept is not None and not loader.kept["x"].is_shared():
+    if loader.kept is not None and not all(tensor.is_shared() for tensor in loader.kept.values()):
         needed = sum(tensor.numel() * tensor.element_size() for tensor in loader.kept.values())
         with _sharing(needed, f"the {loader.split} split, which is kept in memory (data.in_memory),"):
             for tensor in loader.kept.values():

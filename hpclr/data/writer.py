@@ -16,6 +16,7 @@ from hpclr.data.layout import (
     FORMAT,
     LIBVER,
     NAMES,
+    STATISTICS,
     VERSION,
     Array,
     ContentDigest,
@@ -106,7 +107,7 @@ class DatasetWriter:
         self._file = h5py.File(path, "w", libver=LIBVER, rdcc_nbytes=CHUNK_CACHE_BYTES)
         self._task, self._names = source.task, source.names
         self._digest = ContentDigest(source.task)
-        self._statistics = ChannelStatistics(source.row_shape[0])
+        self._statistics = ChannelStatistics(source.row_shape[0]) if STATISTICS[source.task] else None
         self._written: dict[str, int] = {}
         for split, size in sizes.items():
             for field in FIELDS[source.task]:
@@ -128,13 +129,13 @@ class DatasetWriter:
             self._file[name][first : first + len(rows)] = rows
             self._written[name] = first + len(rows)
             self._digest.update(name, rows)
-        if split == "train":
+        if split == "train" and self._statistics is not None:
             self._statistics.update(arrays[FIELDS[self._task][0]])
 
     def finish(self) -> str:
         """Writes names, statistics and what vouches for the content; returns the digest."""
-        self._add("mean", as_array(self._statistics.mean, "float64"))
-        self._add("std", as_array(self._statistics.std, "float64"))
+        for name in STATISTICS[self._task]:
+            self._add(name, as_array(getattr(self._statistics, name), "float64"))
         self._add(NAMES[self._task], encode_json(self._names))
         digest = self._digest.hexdigest()
         self._file.attrs.update(

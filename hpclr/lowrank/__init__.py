@@ -3,7 +3,15 @@
 This room knows torch and nothing else of hpclr.
 """
 
-from hpclr.lowrank.accounting import LayerSize, Summary, count_flops, optimizer_bytes, summarize
+from hpclr.lowrank.accounting import (
+    LayerSize,
+    Summary,
+    count_flops,
+    count_gradient_flops,
+    count_training_flops,
+    optimizer_bytes,
+    summarize,
+)
 from hpclr.lowrank.average import EMA
 from hpclr.lowrank.convert import LayerReport, densify, factorize, load_state_dict, shape_model_like
 from hpclr.lowrank.factors import FactorizationError, LowRankWarning, stability
@@ -40,6 +48,8 @@ __all__ = [
     "Summary",
     "WeightSite",
     "count_flops",
+    "count_gradient_flops",
+    "count_training_flops",
     "densify",
     "factorize",
     "load_state_dict",

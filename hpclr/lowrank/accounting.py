@@ -1,7 +1,9 @@
 """Honest sizes: trainable, stored and dense parameters side by side, operations and bytes."""
 
 import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpclr.lowrank.convert import densify
+from hpclr.lowrank.layers import lowrank_modules
 from hpclr.lowrank.sites import WeightSite, select
 
 
@@ -110,7 +113,7 @@ def _dense_surplus(site: WeightSite) -> int:
 
 def _gradient_surplus(site: WeightSite) -> int:
     """How many bytes larger the gradient of the dense form of a converted weight is than those of its factors."""
-    if not (site.is_lowrank and site.parameter.requires_grad):
+    if not (site.is_lowrank and any(factor.requires_grad for factor in site.factors)):
         return 0
     m, n = site.shape
     reduced = sum(factor.numel() for factor in site.factors if factor.requires_grad)
@@ -118,9 +121,19 @@ def _gradient_surplus(site: WeightSite) -> int:
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors in an optimiser's state."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    """Bytes of all tensors in an optimiser's state, however deep in lists and dictionaries."""
+    return sum(value.numel() * value.element_size() for value in _tensors_in(optimizer.state))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 @torch.no_grad()
@@ -130,9 +143,74 @@ def count_flops(model: nn.Module, example: Tensor | tuple[Any, ...]) -> int:
     Counted on the meta device: no memory, nothing computed, and none of the fused kernels that torch cannot count.
     """
     twin = _meta_copy(model).eval()
-    with FlopCounterMode(display=False) as counter:
-        twin(*_on_meta(example if isinstance(example, tuple) else (example,)))
+    inputs = _on_meta(example if isinstance(example, tuple) else (example,))
+    return _counted(lambda: twin(*inputs))
+
+
+@torch.enable_grad()
+def count_training_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, dense: bool = False) -> int:
+    """The same of a forward pass and the backward pass to the gradients of all that is trained.
+
+    Counted on a copy in evaluation mode, since nothing may be drawn or sent to other processes for it; what a model
+    does in training mode only is not in the count.
+
+    Args:
+        model: dense or with factored layers.
+        loss: gives the loss of such a model, with inputs on the meta device.
+        dense: count for the model with dense weights.
+    """
+    twin = _meta_copy(model).eval()
+    if dense:
+        _densify_trained(twin)
+    return _counted(lambda: loss(twin).backward())
+
+
+def _densify_trained(model: nn.Module) -> None:
+    """A dense weight takes the place of Σ, but is trained if anything of its factors was."""
+    for _, module in lowrank_modules(model):
+        for factors in [module.factors(slot) for slot in module.slots if module.is_lowrank(slot)]:
+            factors.sigma.requires_grad_(any(factor.requires_grad for factor in factors))
+    densify(model)
+
+
+@torch.enable_grad()
+def count_gradient_flops(value: Callable[[], Tensor], model: nn.Module) -> int:
+    """The same of a term of the loss that depends on the parameters alone: computed once, but no gradient is changed.
+
+    Args:
+        value: gives the term, of `model` itself.
+        model: whose trained parameters the gradients are for.
+    """
+
+    def compute() -> None:
+        term, trained = value(), [p for p in model.parameters() if p.requires_grad]
+        if term.requires_grad:
+            torch.autograd.grad(term, trained, allow_unused=True)
+
+    return _counted(compute)
+
+
+def _counted(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as counter:
+        work()
     return int(counter.get_total_flops())
+
+
+def _convolution_backward(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **__: Any) -> int:
+    """For each of the two gradients what the forward pass takes; torch counts that of the weight once for each group.
+
+    Args:
+        grad: shape of the output's gradient.
+        x: shape of the input.
+        weight: (out, in/groups, *kernel).
+        rest: the other arguments of `aten.convolution_backward`.
+    """
+    transposed, (of_input, of_weight, _) = rest[4], rest[7]
+    positions = prod((x if transposed else grad)[2:])
+    return 2 * x[0] * positions * prod(weight) * (int(of_input) + int(of_weight))
+
+
+_CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

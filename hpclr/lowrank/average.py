@@ -15,7 +15,8 @@ class EMA:
     """Averages of all trained parameters.
 
     A method that changes bases must be told of it: `oialr.on_change(ema.follow)`. The averages of a weight
-    are carried as its momentum is, exactly within the frozen basis; what they held outside it is dropped.
+    are carried as its momentum is, exactly within the frozen basis; what they held outside it is dropped. Where a
+    weight becomes a product of trained factors, averages of these begin anew.
 
     Args:
         model: the model to follow.
@@ -47,9 +48,14 @@ class EMA:
             average.lerp_(parameter, 1 - self.decay)
 
     def follow(self, change: Change) -> None:
-        """Takes an average through a change of its parameter."""
-        if change.parameter in self._averages:
-            self._averages[change.parameter] = change.linear(self._averages[change.parameter])
+        """Takes an average through a change of its parameter; that of a new factor begins with what it holds."""
+        parameter = change.parameter
+        if change.begins and parameter.requires_grad and parameter in self._names():
+            self._averages[parameter] = parameter.detach().clone()
+        elif change.begins:
+            self._averages.pop(parameter, None)
+        elif parameter in self._averages:
+            self._averages[parameter] = change.linear(self._averages[parameter])
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -81,13 +87,13 @@ class EMA:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes averages saved by `state_dict`; the model must already have the shapes it had then.
+        """Takes averages saved by `state_dict`; the model must already have the parameters and shapes it had then.
 
         Raises:
             ValueError: if names or shapes differ, naming the first.
         """
         names, saved = self._names(), state["averages"]
-        own = {names[parameter]: parameter for parameter in self._averages}
+        own = {name: parameter for parameter, name in names.items() if parameter.requires_grad or name in saved}
         for name in sorted(own.keys() | saved.keys()):
             found, expected = (tuple(t[name].shape) if name in t else "nothing" for t in (saved, own))
             if found != expected:

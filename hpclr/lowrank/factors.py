@@ -67,6 +67,22 @@ def _size(matrix: Tensor) -> str:
     return "×".join(str(length) for length in matrix.shape)
 
 
+def stable_rank(matrix: Tensor) -> float:
+    """‖W‖²_F / σ₁² of a matrix W (m×n), between 1 and min(m, n); 0.0 if it is zero.
+
+    Raises:
+        FactorizationError: if it has infinite or NaN entries or no algorithm finds its singular values.
+    """
+    work = matrix.detach().to(working_dtype(matrix.dtype))
+    if not torch.isfinite(work).all():
+        raise FactorizationError(f"a {_size(matrix)} matrix has entries that are not finite; it has no stable rank")
+    try:
+        s = torch.linalg.svdvals(work)
+    except _NO_CONVERGENCE:
+        s = _svd_of_last_resort(work).s
+    return float((s / s[0]).square().sum()) if s[0] > 0 else 0.0
+
+
 def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
     """How many singular values stand above rounding: s_i > max(m, n)·eps·s_1."""
     if s.numel() == 0:

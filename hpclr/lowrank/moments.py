@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,12 @@ class Change(ABC):
     Attributes:
         name: the layer.
         parameter: the Parameter whose contents and shape have changed (its identity has not).
+        begins: whether what it holds now is new, not in any way what it held before.
     """
 
     name: str
     parameter: nn.Parameter
+    begins: ClassVar[bool] = False
 
     def linear(self, state: Tensor) -> Tensor:
         """What becomes of state linear in the gradient or the weight; it is shaped like the old parameter."""

@@ -8,7 +8,8 @@ Beside the form with frozen bases it has the same slots, places in a model and s
 
 both exactly, for every stride, padding, dilation and number of groups, each of which has the k filters. The paper
 writes the second the other way round; rows are outputs here as everywhere. s enters linearly, folded into U: no root
-and no absolute value, whose slopes at zero are infinite or missing; a singular value may cross zero.
+and no absolute value, whose slopes at zero are infinite or missing; a singular value may cross zero. A product of two
+trained factors is the same with an s of ones, which is frozen (`two_factors.py`).
 
 Through the factors or with W rebuilt, whichever takes fewer operations. Either way a backward pass takes twice those of
 the forward pass, so that the choice is the same with one and without.

@@ -10,7 +10,7 @@ Removing directions takes columns of U, entries of s and rows of Vᵀ away, and 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ _OF_THE_WEIGHT = {
 
 @dataclass(frozen=True)
 class FactorOfWeight(Change):
-    """One of three factors takes its part of a weight's gradient.
+    """One of three factors takes its part of a weight's gradient. It is new: averages of it begin with it.
 
     Attributes:
         equation: the chain rule, as `torch.einsum` takes it; the first operand is G.
@@ -40,6 +40,7 @@ class FactorOfWeight(Change):
     equation: str
     operands: tuple[Tensor, ...]
     to_matrix: Callable[[Tensor], Tensor]
+    begins: ClassVar[bool] = True
 
     def _applied(self, state: Tensor, power: int) -> Tensor:
         dtype = working_dtype(state.dtype)
@@ -67,25 +68,31 @@ class Kept(Change):
         return state.index_select(self.dim, self.kept.to(state.device))
 
 
-def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer) -> None:
+def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer) -> list[Change]:
     """W becomes U diag(s) Vᵀ, all three trained: factors, gradients, and their places and state in the optimiser.
 
     U and Vᵀ join the parameter group of W, beside s, which is the Parameter that W was. State in a weight's own unit
     cannot be shared out between factors; where there is any, that of U and Vᵀ starts anew, as for every new parameter.
+    Returns what has become of W.
     """
     weight, shape, gradient = site.parameter, site.parameter.shape, site.parameter.grad
     state = _copied(optimizer.state.get(weight, {}))
     site.factorize(parts=basis)
     join(optimizer, site)
     u, s, vh = cast("tuple[nn.Parameter, ...]", site.factors)
-    for parameter, equation, operands in (
-        (u, "mn,rn,r->mr", (basis.vh, basis.s)),
-        (vh, "mn,mr,r->rn", (basis.u, basis.s)),
-        (s, "mn,mr,rn->r", (basis.u, basis.vh)),
-    ):
-        if parameter is not s and state and not state.keys() & _OF_THE_WEIGHT:
-            optimizer.state[parameter] = _copied(state)
-        carry(optimizer, FactorOfWeight(site.name, parameter, equation, operands, site.to_matrix), shape, gradient)
+    changes: list[Change] = [
+        FactorOfWeight(site.name, parameter, equation, operands, site.to_matrix)
+        for parameter, equation, operands in (
+            (u, "mn,rn,r->mr", (basis.vh, basis.s)),
+            (vh, "mn,mr,r->rn", (basis.u, basis.s)),
+            (s, "mn,mr,rn->r", (basis.u, basis.vh)),
+        )
+    ]
+    for change in changes:
+        if change.parameter is not s and state and not state.keys() & _OF_THE_WEIGHT:
+            optimizer.state[change.parameter] = _copied(state)
+        carry(optimizer, change, shape, gradient)
+    return changes
 
 
 def join(optimizer: Optimizer, site: WeightSite) -> None:

@@ -1,12 +1,13 @@
 """What is refused before training starts, with the value found and the values allowed."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import inf
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from hpclr.lowrank import WeightSite
 from hpclr.methods.placement import Placement
 
 
@@ -59,6 +60,36 @@ def check_svd_settings(
     _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
 
 
+def check_layer_settings(min_rank: float, max_aspect: float) -> None:
+    """Raises ValueError for the first of the settings of ranks and shapes that is out of range."""
+    _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
+    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+
+
+def check_fixed_rank_settings(rank: float, init: str, frobenius_decay: float | None, max_aspect: float) -> None:
+    """Raises ValueError for the first of fixed rank's settings that is out of range."""
+    _require(0 < rank <= 1, "rank", rank, "a share of the smaller side in (0, 1]")
+    _require(init in ("spectral", "random"), "init", init, "'spectral' or 'random'")
+    _check_frobenius_decay(frobenius_decay)
+    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+
+
+def check_cuttlefish_settings(
+    every: float, window: int, flatness: float, frobenius_decay: float | None, min_rank: float, max_aspect: float
+) -> None:
+    """Raises ValueError for the first of Cuttlefish's settings that is out of range."""
+    _require(every > 0, "every", every, "a number above 0")
+    _require(window >= 1 and window % 1 == 0, "window", window, "a whole number of measurements, 1 or more")
+    _require(0 <= flatness < inf, "flatness", flatness, "a finite number of 0 or more")
+    _check_frobenius_decay(frobenius_decay)
+    check_layer_settings(min_rank, max_aspect)
+
+
+def _check_frobenius_decay(decay: float | None) -> None:
+    holds = decay is None or 0 <= decay < inf
+    _require(holds, "frobenius_decay", decay, "a finite number of 0 or more, or None")
+
+
 def _require(holds: bool, name: str, found: object, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {allowed}, found {found!r}")
@@ -94,6 +125,16 @@ def check_layers(found: Collection[str], left_alone: Mapping[str, str], method: 
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
         raise ValueError(f"the model has no layer that {method} can convert ({reasons or 'it has no parameters'})")
+
+
+def check_dense(sites: Iterable[WeightSite]) -> None:
+    """Raises ValueError if a weight that is to be factored is held as factors already."""
+    for site in sites:
+        if site.is_lowrank:
+            raise ValueError(
+                f"layer '{site.name}' is held as factors already; make the model dense first, with "
+                "hpclr.densify(model), or leave the layer out with exclude="
+            )
 
 
 def check_saved(ranks: Mapping[str, int], largest: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ class Outcome(NamedTuple):
     """What the examination of one layer found. One process computes it, all processes apply it."""
 
     rank: int  # the rank the rule asks for, within its limits
-    stability: float | None  # since the last check; None if it could not be measured
+    stability: float | None  # since the last check (Cuttlefish: the stable rank); None if it could not be measured
     basis: SVD | None  # the change of basis to make: L, new singular values, Rᵀ; None: keep the present one
     noise: float | None = None  # of a dense weight, where the rule estimates it; holds once the spectrum has been cut
     failed: str | None = None  # why the layer could not be decomposed

@@ -1,7 +1,9 @@
-"""The penalties of SVD training (Yang et al., arXiv 2004.09031): orthogonal factors, sparse singular values.
+"""Penalties: for orthogonal factors and sparse singular values, and for small products.
 
-All are finite and have finite slopes everywhere, at s = 0 too: |s| has slope 0 there, a subgradient, by which a
-singular value that has become zero stays until the loss wants it back. Nothing takes a root of a singular value.
+The former are those of SVD training (Yang et al., arXiv 2004.09031), the latter is Frobenius decay (Khodak et al.,
+arXiv 2105.01029). All are finite and have finite slopes everywhere, at s = 0 too: |s| has slope 0 there, a subgradient,
+by which a singular value that has become zero stays until the loss wants it back. Nothing takes a root of a singular
+value.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +19,11 @@ def not_orthonormal(rows: Tensor) -> Tensor:
     """
     r = rows.shape[0]
     return (rows @ rows.mT - torch.eye(r, dtype=rows.dtype, device=rows.device)).square().sum() / r**2
+
+
+def squared_norm(a: Tensor, b: Tensor) -> Tensor:
+    """‖A B‖²_F of A (m×k) and B (k×n) as tr(AᵀA BBᵀ): k²(m + n) multiplications in place of the product's kmn."""
+    return ((a.mT @ a) * (b @ b.mT)).sum()
 
 
 def l1(s: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Watching an optimiser: how many steps it has really taken, and how large those of Σ are."""
+"""Watching an optimiser: how many steps it has really taken, how large those of Σ are, and without weight decay."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,45 @@ class OptimizerSteps:
         for parameter, before in self._before:
             parameter.copy_(before + self._factor * (parameter - before))
         self._before = []
+
+
+class WithoutDecay:
+    """Has an optimiser take its steps of some parameters without weight decay.
+
+    For the time of a step they have a parameter group of their own, with the settings of the one they come from but
+    for that. At all other times the groups are as they were, so that learning-rate schedulers, which refuse groups that
+    were not there when they were made, find theirs, and what they set holds for all.
+
+    Args:
+        optimizer: the optimiser.
+        spared: the parameters without weight decay, asked anew at each step.
+    """
+
+    def __init__(self, optimizer: Optimizer, spared: Callable[[], Sequence[nn.Parameter]]) -> None:
+        self._spared = spared
+        self._parted: list[tuple[dict[str, Any], list[nn.Parameter], dict[str, Any]]] = []
+        optimizer.register_step_pre_hook(self._part)
+        handle = optimizer.register_step_post_hook(self._join)
+        # of several, the last to part is the first to join
+        cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks).move_to_end(handle.id, last=False)
+
+    def _part(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._join(optimizer)  # if the last step has raised an error
+        spared = {id(parameter) for parameter in self._spared()}
+        for group in list(optimizer.param_groups):
+            whole = group["params"]
+            held = [p for p in whole if id(p) in spared]
+            if held and group.get("weight_decay"):
+                group["params"] = [p for p in whole if id(p) not in spared]
+                own = group | {"params": held, "weight_decay": 0.0}
+                optimizer.param_groups.append(own)
+                self._parted.append((group, whole, own))
+
+    def _join(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, whole, own in self._parted:
+            group["params"] = whole
+            optimizer.param_groups[:] = [one for one in optimizer.param_groups if one is not own]
+        self._parted = []
 
 
 def _refuse_second(optimizer: Optimizer, watched: set[int]) -> None:

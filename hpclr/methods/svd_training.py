@@ -18,7 +18,6 @@ which turns a column of U, no more: R counts |s|, the energy s². Steps are thos
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from hashlib import sha256
 from math import ceil
 from typing import Any, Literal
 
@@ -26,14 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpclr.lowrank.factors import SVD, FactorizationError, working_dtype
+from hpclr.lowrank.factors import SVD, working_dtype
 from hpclr.lowrank.moments import check_optimizer
 from hpclr.lowrank.sites import WeightSite, select
 from hpclr.lowrank.svd_layers import CHANNEL, SPATIAL
 from hpclr.lowrank.three_factors import join, keep_directions, split_weight
 from hpclr.methods.base import ChangeHook, Method, no_penalty
 from hpclr.methods.checks import check_layers, check_model, check_saved, check_svd_settings, placement_of
-from hpclr.methods.placement import Here, Outcome, Placement
+from hpclr.methods.factoring import refuse_failed, share_factors
+from hpclr.methods.placement import Here, Placement
+from hpclr.methods.random_start import random_factors
 from hpclr.methods.regularizers import REGULARIZERS, not_orthonormal
 from hpclr.methods.schedule import exact, in_steps
 from hpclr.methods.steps import OptimizerSteps
@@ -177,24 +178,16 @@ class SVDTraining(Method):
     def _convert(self, init: str) -> None:
         """W → U diag(s) Vᵀ; each decomposed by one process, the factors on all."""
         dense = {name: site for name, site in self._sites.items() if not site.is_lowrank}
-        costs = {name: float(min(site.shape) ** 2 * max(site.shape)) for name, site in dense.items()}
-        outcomes = self._placement.share(costs, lambda name: self._decomposed(dense[name], init), {})
-        for name, outcome in outcomes.items():
-            if outcome.basis is None:
-                raise ValueError(f"layer '{name}': {outcome.failed}")
+        outcomes = share_factors(self._placement, dense, lambda site: self._decomposed(site, init))
+        refuse_failed(outcomes)
         for name, site in self._sites.items():
             if name in outcomes and (basis := outcomes[name].basis) is not None:
                 split_weight(site, basis, self._optimizer)
             join(self._optimizer, site)
         self._placement.confirm(self.ranks, self._model.parameters())
 
-    def _decomposed(self, site: WeightSite, init: str) -> Outcome:
-        try:
-            weight = site.core()
-            basis = self._placement.decompose(weight, dense=True) if init == "svd" else random_factors(weight)
-        except FactorizationError as error:
-            return Outcome(site.rank, None, None, failed=str(error))
-        return Outcome(site.rank, None, basis)
+    def _decomposed(self, site: WeightSite, init: str) -> SVD:
+        return self._placement.decompose(site.core(), dense=True) if init == "svd" else random_factors(site.core())
 
     @torch.no_grad()
     def _prune(self) -> None:
@@ -242,22 +235,6 @@ def directions_kept(s: Tensor, energy: Fraction, least: int) -> list[int]:
             break
         removed.add(i)
     return [i for i in range(len(squares)) if i not in removed]
-
-
-def random_factors(weight: Tensor) -> SVD:
-    """Orthonormal factors drawn at random, with s ~ N(0, 1) times what gives the weight's Frobenius norm.
-
-    The draw depends on the weight alone, so that it is the same whichever process makes it.
-    """
-    work = weight.to("cpu", working_dtype(weight.dtype))
-    if not torch.isfinite(work).all():
-        raise FactorizationError(f"a {work.shape[0]}×{work.shape[1]} matrix has entries that are not finite")
-    digest = sha256(work.contiguous().numpy().tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    (m, n), r = work.shape, min(work.shape)
-    u, v, s = (torch.randn(*size, dtype=work.dtype, generator=generator) for size in ((m, r), (n, r), (r,)))
-    s *= torch.linalg.vector_norm(work) / torch.linalg.vector_norm(s)
-    return SVD(*(part.to(weight.device) for part in (torch.linalg.qr(u).Q, s, torch.linalg.qr(v).Q.mT.contiguous())))
 
 
 def _check_vectors(optimizer: Optimizer) -> None:

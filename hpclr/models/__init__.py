@@ -1,57 +1,75 @@
 """The built-in models: plain PyTorch, initialised from torch's current random state alone.
 
-`build` makes one for the samples and classes of a dataset; everything else is an option of the
-model, listed in its class. Any other model is as good for hpclr: these know nothing of low rank.
+`build` makes one for the samples of a dataset; everything else is an option of the model, listed in its
+class. Any other model is as good for hpclr: these know nothing of low rank.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
+from hpclr.models.common import Samples
 from hpclr.models.mlp import MLP
 from hpclr.models.resnet import DEPTHS, ResNet
 from hpclr.models.vgg import VGG16
 from hpclr.models.vit import VisionTransformer
+from hpclr.models.zoo import GPT2, PatchTST
 
-__all__ = ["MLP", "VGG16", "ResNet", "VisionTransformer", "build", "names"]
+__all__ = ["GPT2", "MLP", "VGG16", "PatchTST", "ResNet", "Samples", "VisionTransformer", "build", "names"]
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP,
-    "vit": VisionTransformer,
-    "vgg16": VGG16,
-    **{f"resnet{depth}": partial(ResNet, depth) for depth in DEPTHS},
+
+class _Model(NamedTuple):
+    """What makes a model, out of the shape of a sample, the sizes of an output and options; and what it is for."""
+
+    factory: Callable[..., nn.Module]
+    tasks: tuple[str, ...] = ("classification",)
+
+
+_MODELS = {
+    "mlp": _Model(MLP, ("classification", "forecasting")),
+    "vit": _Model(VisionTransformer),
+    "vgg16": _Model(VGG16),
+    **{f"resnet{depth}": _Model(partial(ResNet, depth)) for depth in DEPTHS},
+    "patchtst": _Model(PatchTST, ("forecasting",)),
+    "gpt2": _Model(GPT2, ("language",)),
 }
 
 
-def names() -> list[str]:
-    """Return the names that `build` knows."""
-    return list(_MODELS)
+def names(task: str | None = None) -> list[str]:
+    """Return the names that `build` knows, all or those of models for a task."""
+    return [name for name, model in _MODELS.items() if task is None or task in model.tasks]
 
 
-def build(name: str, *, sample_shape: tuple[int, ...], classes: int, **options: object) -> nn.Module:
+def build(name: str, samples: Samples, **options: object) -> nn.Module:
     """Build a model by its name.
 
     Args:
         name: one of `names()`.
-        sample_shape: shape of one sample: (channels, height, width), or any shape for `mlp`.
-        classes: how many classes; the model returns logits of shape (batch, classes).
+        samples: what it is for; it maps (batch, *inputs) to (batch, *outputs).
         options: keyword arguments of the model's class.
 
     Raises:
-        ValueError: unknown name or option, or a value that does not fit the samples.
+        ValueError: unknown name or option, a model for other tasks, or a value that does not fit the samples.
     """
     if name not in _MODELS:
         raise ValueError(f"Unknown model '{name}'{_nearest(name, names())}; there are {', '.join(names())}.")
-    known = _options(_MODELS[name])
+    factory, tasks = _MODELS[name]
+    known = _options(factory)
     for option in options:
         if option not in known:
             raise ValueError(
                 f"Model '{name}' has no option '{option}'{_nearest(option, known)}; its options are {', '.join(known)}."
             )
-    return _MODELS[name](sample_shape, classes, **options)
+    if samples.task not in tasks:
+        raise ValueError(
+            f"{name} is a model for {' and '.join(tasks)}, the data is for {samples.task}; "
+            f"models for that are {', '.join(names(samples.task))}."
+        )
+    return factory(samples.inputs, *samples.outputs, **options)
 
 
 def _options(factory: Callable[..., nn.Module]) -> list[str]:

@@ -1,8 +1,24 @@
-"""What the built-in models share: checks of their options, and the initialisation of conv nets."""
+"""What the built-in models share: what they are for, checks of their options, the initialisation of conv nets."""
 
 import math
+from typing import NamedTuple
 
 from torch import nn
+
+
+class Samples(NamedTuple):
+    """What a model is built for.
+
+    Attributes:
+        task: "classification", "forecasting" or "language".
+        inputs: shape of one sample: (channels, height, width) or (features,); (rows, columns) of a time series;
+            (tokens,) of text.
+        outputs: shape of what is wanted of it: (classes,); (rows, columns); (tokens, vocabulary).
+    """
+
+    task: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 def check_whole(model: str, **values: int) -> None:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpclr.config import RunFile
-from hpclr.data import Augment, Dataset, Loader, open_dataset
+from hpclr.data import Augment, BatchLoader, Dataset, Loader, WindowLoader, count_windows, open_dataset
 from hpclr.data.loader import choose_order
 from hpclr.errors import UsageError, usage_errors
 from hpclr.lowrank import EMA
@@ -26,10 +27,10 @@ from hpclr.training.model import (
     smallest_piece,
     with_batch_statistics,
 )
-from hpclr.training.optimizers import build_optimizer
+from hpclr.training.optimizers import optimizer_of
 from hpclr.training.precision import Precision
 from hpclr.training.schedules import LearningRate, learning_rate
-from hpclr.training.tasks import Classification
+from hpclr.training.tasks import Task, task_of
 
 
 @dataclass
@@ -39,14 +40,14 @@ class Assembly:
     run: RunFile
     job: Job
     dataset: Dataset
-    loader: Loader
-    valid: Loader | None
-    test: Loader
+    loader: BatchLoader
+    valid: BatchLoader | None
+    test: BatchLoader
     model: nn.Module
     replica: Replica
     optimizer: Optimizer
     method: Method
-    task: Classification
+    task: Task
     precision: Precision
     ema: EMA | None
     learning_rate: LearningRate
@@ -68,9 +69,10 @@ class _Materials:
     """What each process makes by itself."""
 
     dataset: Dataset
-    loader: Loader
-    valid: Loader | None
-    test: Loader
+    task: Task
+    loader: BatchLoader
+    valid: BatchLoader | None
+    test: BatchLoader
     model: nn.Module
     precision: Precision
     optimizer: Optimizer
@@ -99,7 +101,6 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
     if ema is not None:
         method.on_change(ema.follow)
     rate = learning_rate(run.schedule, run.optimizer.lr, total)
-    task = Classification(run.train.label_smoothing)
     return Assembly(
         run=run,
         job=job,
@@ -111,7 +112,7 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
         replica=replica,
         optimizer=optimizer,
         method=method,
-        task=task,
+        task=made.task,
         precision=made.precision,
         ema=ema,
         learning_rate=rate,
@@ -122,21 +123,22 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
 
 def _materials(run: RunFile, job: Job, continuing: bool) -> _Materials:
     dataset = open_dataset(on_this_node(run, data_files(run)))
-    _check_task(dataset)
+    task = task_of(run, dataset)
     precision = Precision(run.train.precision, job.device)
     loader, valid, test = _loaders(run, dataset, precision.dtype, job.group)
     _check_validation(run, valid)
     total = run.train.steps or (run.train.epochs or 0) * len(loader)
-    model = build_model(run, dataset, weights=not continuing)
+    samples = task.samples(run.data, dataset)
+    model = build_model(run, samples, weights=not continuing)
     model = with_batch_statistics(run, model, job.device).to(job.device, precision.dtype)
     x = loader.batch(0, 0).x.to(job.device)
-    check_outputs(model, x[:2], len(dataset.classes), precision)
+    check_outputs(model, x[:2], samples, precision)
     check_extra_state(model)
     check_smallest_piece(model, x[: smallest_piece(run, loader, total, job.group.size)], run, precision)
     if job.group.rank > 0:  # all have the same weights; what they draw while training is their own
         seed_everything(seed_of(run.train.seed, job.group.rank))
-    optimizer = build_optimizer(run.optimizer, model.parameters())
-    return _Materials(dataset, loader, valid, test, model, precision, optimizer, total)
+    optimizer = optimizer_of(run, model)
+    return _Materials(dataset, task, loader, valid, test, model, precision, optimizer, total)
 
 
 def data_files(run: RunFile) -> list[Path]:
@@ -145,26 +147,18 @@ def data_files(run: RunFile) -> list[Path]:
     return [Path(path)] if isinstance(path, str) else [Path(one) for one in path]
 
 
-def _check_task(dataset: Dataset) -> None:
-    if dataset.task != "classification":
-        raise UsageError(
-            f"{dataset.path}: its task is {dataset.task}; this version trains classification only. "
-            "`hpclr data inspect FILE` shows what a file holds."
-        )
-
-
-def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype, group: Group) -> tuple[Loader, Loader | None, Loader]:
-    data, seed = run.data, run.train.seed
-    augment = Augment(flip=data.flip, crop=data.crop) if data.flip or data.crop else None
-    loader = Loader(
+def _loaders(
+    run: RunFile, dataset: Dataset, dtype: torch.dtype, group: Group
+) -> tuple[BatchLoader, BatchLoader | None, BatchLoader]:
+    data = run.data
+    loader = _loader(
+        run,
         dataset,
         "train",
         data.batch_size,
-        seed,
         shuffle=choose_order(dataset, data.shuffle, data.window),
-        augment=augment,
+        augment=Augment(flip=data.flip, crop=data.crop) if data.flip or data.crop else None,
         mixup=data.mixup,
-        in_memory=data.in_memory,
         dtype=dtype,
         part=(group.rank, group.size),
     )
@@ -172,13 +166,29 @@ def _loaders(run: RunFile, dataset: Dataset, dtype: torch.dtype, group: Group) -
     return loader, valid, held_out(run, dataset, "test", dtype)
 
 
-def held_out(run: RunFile, dataset: Dataset, split: str, dtype: torch.dtype) -> Loader:
-    """The batches on which a run scores a split, in the order of the file."""
-    size = min(max(run.data.batch_size, 256), dataset.sizes[split])
-    return Loader(dataset, split, size, run.train.seed, shuffle=False, in_memory=run.data.in_memory, dtype=dtype)
+def _loader(run: RunFile, dataset: Dataset, split: str, size: int, **options: Any) -> BatchLoader:
+    """Labelled samples, or windows."""
+    seed, options = run.train.seed, options | {"in_memory": run.data.in_memory}
+    if dataset.task == "classification":
+        return Loader(dataset, split, size, seed, **options)
+    return WindowLoader(dataset, split, size, seed, **_window(run), **options)
 
 
-def _check_validation(run: RunFile, valid: Loader | None) -> None:
+def _window(run: RunFile) -> dict[str, Any]:
+    return {key: getattr(run.data, key) for key in ("context", "horizon", "stride")}
+
+
+def held_out(run: RunFile, dataset: Dataset, split: str, dtype: torch.dtype) -> BatchLoader:
+    """The batches on which a run scores a split, in the order of the file; windows no more at once than in training."""
+    if dataset.task == "classification":
+        size = min(max(run.data.batch_size, 256), dataset.sizes[split])
+    else:
+        windows = count_windows(dataset, split, **_window(run))
+        size = min(run.train.micro_batch or run.data.batch_size, windows)
+    return _loader(run, dataset, split, size, shuffle=False, dtype=dtype)
+
+
+def _check_validation(run: RunFile, valid: BatchLoader | None) -> None:
     if valid is None and run.validation.patience is not None:
         raise UsageError(
             f"validation.patience asks for early stopping, but {run.data.path} has no validation split; prepare the "

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,17 +13,20 @@ from hpclr.checkpoint import CheckpointStore, Loaded, load_file
 from hpclr.checkpoint.digest import read_sidecar, sidecar_of
 from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
+from hpclr.config.describe import show
 from hpclr.config.schema import Target
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
+from hpclr.lowrank.two_factors import freeze_ones
 from hpclr.training.assembly import data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.model import build_model, check_outputs
 from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
+from hpclr.training.scores import Score
 from hpclr.training.state import from_tree, tensors
-from hpclr.training.tasks import Classification, Score
+from hpclr.training.tasks import task_of
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
@@ -137,13 +141,14 @@ def evaluate_checkpoint(
     _check_fit(dataset, loaded)
     device = choose_device("cpu" if run.train.device == "cpu" else "auto")  # what ran on CUDA is scored anywhere
     precision = Precision(run.train.precision, device)
-    loader = held_out(run, dataset, split, precision.dtype)
-    model = build_model(run, dataset, weights=False).to(device, precision.dtype)
+    task = task_of(run, dataset)
+    samples, loader = task.samples(run.data, dataset), held_out(run, dataset, split, precision.dtype)
+    model = build_model(run, samples, weights=False).to(device, precision.dtype)
     if any(map(is_lazy, model.parameters())):
-        check_outputs(model, loader.batch(0, 0).x[:2].to(device), len(dataset.classes), precision)
+        check_outputs(model, loader.batch(0, 0).x[:2].to(device), samples, precision)
     with malformed_named(loaded.path):
         _load_weights(model, run, loaded)
-    return Classification().score(model, loader, precision), loaded.path
+    return task.score(model, loader, precision), loaded.path
 
 
 def require_trust(run: RunFile, path: Path, trust: bool) -> None:
@@ -159,15 +164,29 @@ def require_trust(run: RunFile, path: Path, trust: bool) -> None:
         )
 
 
+class SavedFacts(NamedTuple):
+    """What a checkpoint says of the data that its model is for."""
+
+    task: str
+    sample_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+def saved_facts(loaded: Loaded) -> SavedFacts:
+    """What a checkpoint says of its data; the first ones were all of classifiers and did not say so."""
+    data = from_tree(loaded.tree["data"])
+    return SavedFacts(data.get("task", "classification"), tuple(data["sample_shape"]), tuple(data["classes"]))
+
+
 def _check_fit(dataset: Dataset, loaded: Loaded) -> None:
     with malformed_named(loaded.path):
-        saved = {what: from_tree(loaded.tree["data"])[what] for what in ("sample_shape", "classes")}
-    for what, expected in saved.items():
-        found = list(getattr(dataset, what))
-        if found != expected:
+        saved = saved_facts(loaded)
+    for what, expected in saved._asdict().items():
+        found = getattr(dataset, what)
+        if type(expected)(found) != expected:
             raise UsageError(
-                f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} {expected}, "
-                f"this has {found}; name a file of the same kind with --data"
+                f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} "
+                f"{show(expected)}, this has {show(found)}; name a file of the same kind with --data"
             )
 
 
@@ -179,6 +198,7 @@ def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:
     except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
         raise UsageError(f"the weights in {loaded.path} do not fit the model that it names: {error}") from error
     if run.train.ema is not None:
+        freeze_ones(model)  # which have no averages
         ema = EMA(model, run.train.ema)
         ema.load_state_dict(from_tree(tree["ema"]))
         with torch.no_grad():

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hpclr.checkpoint import Tree
 from hpclr.lowrank.factors import svd
+from hpclr.lowrank.product import Factors
 from hpclr.output import printable
 from hpclr.training.evaluation import load_run, malformed_named
-from hpclr.training.state import from_tree, position_of, tensors
+from hpclr.training.scores import shown
+from hpclr.training.state import Position, from_tree, position_of, tensors
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
@@ -48,7 +50,7 @@ def _facts(tree: Tree, path: Path, method: str) -> Table:
     rows: dict[str, Any] = {
         "step": f"{position.step:,}" + (" (finished)" if position.finished else ""),
         "seconds of training": f"{position.seconds:.1f}",
-        "best validation": _best(position.best_accuracy, position.best_step),
+        "best validation": _best(position),
         "method": method,
         "checks failed to decompose": state.get("failures", 0),
         "stored numbers": f"{sum(value.numel() for value in weights.values()):,}",
@@ -63,8 +65,8 @@ def _facts(tree: Tree, path: Path, method: str) -> Table:
     return table
 
 
-def _best(accuracy: float | None, step: int | None) -> str:
-    return "–" if accuracy is None else f"{accuracy:.2%} at step {step}"
+def _best(position: Position) -> str:
+    return f"{shown(position.best_scores)} at step {position.best_step}" if position.best_scores else "–"
 
 
 def _layers(weights: dict[str, Tensor]) -> Table:
@@ -75,17 +77,27 @@ def _layers(weights: dict[str, Tensor]) -> Table:
         match = re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name)
         if match and {f"{match[1]}u", f"{match[1]}vh"} <= weights.keys():
             shape = f"{weights[match[1] + 'u'].shape[0]}×{weights[match[1] + 'vh'].shape[1]}"
-            table.add_row(printable(match[1].rstrip("._")), shape, str(len(core)), *_spectrum(core))
+            factors = Factors(weights[f"{match[1]}u"], core, weights[f"{match[1]}vh"])
+            table.add_row(printable(match[1].rstrip("._")), shape, str(len(core)), *_spectrum(factors))
     return table
 
 
-def _spectrum(core: Tensor) -> tuple[str, str, str]:
-    """The largest singular value of Σ or of diag(s), the smallest relative to it, and all as bars."""
-    if not torch.isfinite(core).all():
+def _spectrum(factors: Factors) -> tuple[str, str, str]:
+    """The largest singular value of the weight, the smallest relative to it, and all as bars."""
+    if not all(torch.isfinite(factor).all() for factor in factors):
         return "not finite", "–", "–"
-    s = svd(core).s if core.ndim == 2 else core.abs().sort(descending=True).values
+    s = svd(_core(*factors)).s
     ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
     return f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s)
+
+
+def _core(u: Tensor, core: Tensor, vh: Tensor) -> Tensor:
+    """A small matrix with the singular values of the weight; factors that are trained need not be orthonormal."""
+    if core.ndim == 2:
+        return core
+    left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (u * core, vh.mT))
+    product: Tensor = left @ right.mT
+    return product
 
 
 def _sparkline(s: Tensor) -> str:

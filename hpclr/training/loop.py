@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpclr.checkpoint import CheckpointStore, Tree
-from hpclr.data import Batch, BatchStream, Loader
+from hpclr.data import Batch, BatchLoader, BatchStream
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
 from hpclr.lowrank import summarize
@@ -18,15 +18,16 @@ from hpclr.output import say
 from hpclr.parallel.digest import digest
 from hpclr.parallel.verify import require_equal
 from hpclr.training.assembly import Assembly, steps_between_validations
+from hpclr.training.cost import Meter
 from hpclr.training.metrics import LossLog, MetricsFile
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory, writing
 from hpclr.training.saving import LAST_PAUSES, Saving, usual_seconds
 from hpclr.training.schedules import set_learning_rate
+from hpclr.training.scores import Score, judged_by
 from hpclr.training.state import Position, capture, not_finite, position_of, tensors
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
-from hpclr.training.tasks import Score
 
 _CALMER = (
     "A lower optimizer.lr, train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
@@ -70,6 +71,7 @@ class Trainer:
             doing=self.job.doing,
             longest=usual_seconds(directory.metrics) if self.group.is_first else 0.0,
         )
+        self._meter = Meter(parts)
         self._clock = time.monotonic()
         self._began_at = position.step
         self._saved_at = position.step or None
@@ -126,6 +128,7 @@ class Trainer:
             parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
         parts.precision.step(parts.optimizer)
         parts.optimizer.zero_grad(set_to_none=True)
+        self._meter.add(self.position)
         self.position.step += 1
         self.losses.add(self.position.step, loss, epoch=step // len(parts.loader), lr=rate)
 
@@ -174,7 +177,7 @@ class Trainer:
         sizes = summarize(self.parts.model, self.parts.optimizer)
         facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
         facts |= {"ranks": self.parts.method.ranks, "rank_share": sizes.rank_share}
-        self.metrics.append("check", self.position.step, **(sizes.as_dict() | facts))
+        self.metrics.append("check", self.position.step, **(sizes.as_dict() | facts | self._spent()))
         reduced = f", reduced a step {sizes.gradient_bytes:,} of {sizes.dense_gradient_bytes:,} bytes"
         self.shown.note(
             f"check at step {self.position.step}: trainable {sizes.trainable_share:.1%}, "
@@ -195,11 +198,11 @@ class Trainer:
             return False
         self._settle_losses()
         score = self._score(self.parts.valid)
-        self.metrics.append("valid", self.position.step, loss=score.loss, accuracy=score.accuracy)
-        self.shown.note(f"step {self.position.step}: validation accuracy {score.accuracy:.2%}, loss {score.loss:.4f}")
-        return self.position.judge(score, self.parts.run.validation.metric)
+        self.metrics.append("valid", self.position.step, **score.values, **self._spent())
+        self.shown.note(f"step {self.position.step}: validation {score}")
+        return self.position.judge(score, judged_by(self.parts.run))
 
-    def _score(self, loader: Loader) -> Score:
+    def _score(self, loader: BatchLoader) -> Score:
         """A split's score, with averaged weights where the run keeps them."""
         parts = self.parts
         parts.replica.synchronise_buffers()
@@ -221,15 +224,25 @@ class Trainer:
             return
         self._settle_losses()
         self.position.finished = self._at_end()
-        now = time.monotonic()
-        self.position.seconds += now - self._clock
-        self._clock = now
+        self._look_at_clock()
+        self._meter.take_memory(self.position)
         self.job.doing("saving", self.position.step, waiting=not self.group.is_first)
         self.parts.replica.synchronise_buffers()
         tree = capture(self.parts, self.position)
-        metric = self.position.best(self.parts.run.validation.metric) if best else None
+        metric = self.position.best(judged_by(self.parts.run)) if best else None
         self.saving.save(self.position.step, tree, metric=metric, best=best, pauses=pauses)
         self._saved_at = self.position.step
+
+    def _look_at_clock(self) -> None:
+        now = time.monotonic()
+        self.position.seconds += now - self._clock
+        self._clock = now
+
+    def _spent(self) -> dict[str, float | None]:
+        """Seconds of training so far, and operations: those taken, and those that dense weights would have taken."""
+        self._look_at_clock()
+        position = self.position
+        return {"seconds": position.seconds, "flops": position.flops, "dense_flops": position.dense_flops}
 
     def _settle_losses(self) -> None:
         """Writes the losses that are still on the device.
@@ -282,7 +295,7 @@ class Trainer:
         self.group.on_first(lambda: self._summarise(score))
 
     def _summarise(self, score: Score) -> None:
-        summary = summary_of(self.parts, self.position, score)
+        summary = summary_of(self.parts, self.position, score, self._meter.totals(self.position))
         self.metrics.append("final", self.position.step, **summary)
         self.metrics.settle()
         with writing(self.directory.path):

@@ -7,9 +7,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hpclr.config import RunFile
+from hpclr.config.schema import Cuttlefish as CuttlefishSection
 from hpclr.config.schema import Dense as DenseSection
+from hpclr.config.schema import FixedRank as FixedRankSection
 from hpclr.config.schema import Oialr, Section, SvdTraining
-from hpclr.methods import OIALR, Dense, Method, SVDTraining
+from hpclr.config.schema import Truncate as TruncateSection
+from hpclr.methods import OIALR, Cuttlefish, Dense, FixedRank, Method, SVDTraining, Truncate
 from hpclr.parallel.replica import Replica
 from hpclr.training.job import Job
 
@@ -46,6 +49,16 @@ def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: in
             svd = SVDTraining(model, optimizer, total_steps=total, **_options(section))
             _check_moment("prune_at", section.prune_at, svd.prune_at, total)
             return svd
+        case TruncateSection():
+            truncate = Truncate(model, optimizer, total_steps=total, **_options(section))
+            _check_moment("at", section.at, truncate.at, total)
+            return truncate
+        case FixedRankSection():
+            return FixedRank(model, optimizer, **_options(section))
+        case CuttlefishSection():
+            cuttlefish = Cuttlefish(model, optimizer, total_steps=total, **_options(section))
+            _check_moment("delay", section.delay, cuttlefish.delay, total)
+            return cuttlefish
 
 
 def _options(section: Section, *of_others: str) -> dict[str, Any]:

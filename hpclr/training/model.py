@@ -2,8 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -12,23 +11,13 @@ from torch import Tensor, nn
 from hpclr import models
 from hpclr.config import RunFile
 from hpclr.config.schema import Section, Target
-from hpclr.data import Loader
+from hpclr.data import BatchLoader
 from hpclr.errors import UsageError, usage_errors
+from hpclr.models import Samples
 from hpclr.training.environment import random_states, seed_everything, set_random_states
 from hpclr.training.precision import Precision
+from hpclr.training.tasks import TASKS
 from hpclr.training.weights import load_initial_weights
-
-
-class Samples(Protocol):
-    """What a model is built for: a dataset, or what a checkpoint says of one."""
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes."""
 
 
 def build_model(run: RunFile, samples: Samples, *, weights: bool = True) -> nn.Module:
@@ -38,7 +27,7 @@ def build_model(run: RunFile, samples: Samples, *, weights: bool = True) -> nn.M
 
     Args:
         run: the run file.
-        samples: what it is to classify.
+        samples: what it is for.
         weights: whether to read `model.weights`; not where all weights are about to be replaced.
 
     Raises:
@@ -57,10 +46,7 @@ def _built_in(section: Section, samples: Samples) -> nn.Module:
     name = options.pop("name")
     del options["weights"], options["weights_except"]
     with usage_errors("model"):
-        model: nn.Module = models.build(
-            name, sample_shape=samples.sample_shape, classes=len(samples.classes), **options
-        )
-    return model
+        return models.build(name, samples, **options)
 
 
 def import_target(section: Target) -> nn.Module:
@@ -94,8 +80,8 @@ def _described(error: Exception) -> str:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precision) -> None:
-    """Runs a model on a few samples (N, …), which also gives lazy layers their shapes.
+def check_outputs(model: nn.Module, x: Tensor, samples: Samples, precision: Precision) -> None:
+    """Runs a model on a few of its samples (N, *inputs), which also gives lazy layers their shapes.
 
     Raises:
         UsageError: if it does not fit the data.
@@ -111,10 +97,10 @@ def check_outputs(model: nn.Module, x: Tensor, classes: int, precision: Precisio
     finally:
         model.train()
     found = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if found != (classes,):
+    if found != samples.outputs:
         raise UsageError(
-            f"model: for each sample it must give one number for each of the {classes} classes of the data, "
-            f"that is, shape {(classes,)}; found {found}"
+            f"model: for each sample it must give {TASKS[samples.task].outputs.format(*samples.outputs)}, "
+            f"that is, shape {samples.outputs}; found {found}"
         )
 
 
@@ -128,7 +114,7 @@ def check_extra_state(model: nn.Module) -> None:
             )
 
 
-def smallest_piece(run: RunFile, loader: Loader, total: int, processes: int) -> int:
+def smallest_piece(run: RunFile, loader: BatchLoader, total: int, processes: int) -> int:
     """The fewest samples that the model will see at once in training, on any process."""
     size, last = run.data.batch_size, loader.size % run.data.batch_size
     batches = {size, last} if last and total >= len(loader) else {size}

@@ -2,11 +2,11 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +15,17 @@ from torch.nn.parameter import is_lazy
 from hpclr.checkpoint import Loaded
 from hpclr.config import RunFile, parse_run_file
 from hpclr.errors import UsageError
-from hpclr.training.evaluation import malformed_named, require_trust
+from hpclr.models import Samples
+from hpclr.training.evaluation import malformed_named, require_trust, saved_facts
 from hpclr.training.factored import with_factors
 from hpclr.training.model import build_model, check_outputs
 from hpclr.training.precision import Precision
 from hpclr.training.state import from_tree
+from hpclr.training.tasks import task_of
 
 _LARGEST = 2**31 - 1  # bytes of a protobuf message
-_INPUT, _OUTPUT = "samples", "logits"
-
-
-class _Samples(NamedTuple):
-    """What a checkpoint says of the data that its model is for."""
-
-    sample_shape: tuple[int, ...]
-    classes: Sequence[str]
-
-    def draw(self, number: int, dtype: torch.dtype) -> Tensor:
-        """Random samples, always the same."""
-        return torch.randn(number, *self.sample_shape, generator=torch.Generator().manual_seed(number)).to(dtype)
+_INPUT = "samples"
+_OUTPUTS = {"classification": "logits", "forecasting": "forecast", "language": "logits"}
 
 
 def write_onnx(
@@ -70,8 +62,17 @@ def write_onnx(
         require_trust(run, loaded.path, trust)
         model, own = _model(run, samples)
         _fill(model.to(dtype or own), state, layers, loaded.path)
-    _export(model, samples.draw(2, dtype or own), path, facts)
-    return f"; {_compared(path, model, samples.draw(3, dtype or own))}"
+    output = _OUTPUTS[samples.task]
+    _export(model, _draw(samples, 2, dtype or own), output, path, facts)
+    return f"; {_compared(path, model, _draw(samples, 3, dtype or own), output)}"
+
+
+def _draw(samples: Samples, number: int, dtype: torch.dtype) -> Tensor:
+    """Random samples, always the same."""
+    generator, shape = torch.Generator().manual_seed(number), (number, *samples.inputs)
+    if samples.task == "language":
+        return torch.randint(samples.outputs[-1], shape, generator=generator)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def _check_packages() -> None:
@@ -89,24 +90,24 @@ def _check_size(state: dict[str, Tensor], path: Path) -> None:
         )
 
 
-def _origin(loaded: Loaded) -> tuple[RunFile, _Samples]:
+def _origin(loaded: Loaded) -> tuple[RunFile, Samples]:
     missing = sorted({"run", "data"} - loaded.tree.keys())
     if missing:
         raise UsageError(
             f"{loaded.path}: it holds no {' and no '.join(missing)}, so the model cannot be built; for ONNX "
             "name a checkpoint of `hpclr train`"
         )
-    run, data = (from_tree(loaded.tree[key]) for key in ("run", "data"))
-    samples = _Samples(tuple(data["sample_shape"]), tuple(data["classes"]))
-    return parse_run_file(run["yaml"], f"{loaded.path} (its run file)"), samples
+    run = parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
+    facts = saved_facts(loaded)
+    return run, task_of(run, facts).samples(run.data, facts)
 
 
-def _model(run: RunFile, samples: _Samples) -> tuple[nn.Module, torch.dtype]:
+def _model(run: RunFile, samples: Samples) -> tuple[nn.Module, torch.dtype]:
     """A model of the original class, its weights still to come, and the type in which the run computes."""
     precision = Precision(run.train.precision, torch.device("cpu"))
     model = build_model(run, samples, weights=False).to(precision.dtype)
     if any(map(is_lazy, model.parameters())):
-        check_outputs(model, samples.draw(2, precision.dtype), len(samples.classes), precision)
+        check_outputs(model, _draw(samples, 2, precision.dtype), samples, precision)
     return model.eval(), precision.dtype
 
 
@@ -117,7 +118,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], layers: dict[str, Any], pa
         raise UsageError(f"the weights in {path} do not fit the model that it names: {error}") from error
 
 
-def _export(model: nn.Module, x: Tensor, path: Path, facts: dict[str, str]) -> None:
+def _export(model: nn.Module, x: Tensor, output: str, path: Path, facts: dict[str, str]) -> None:
     try:
         with torch.no_grad(), _quiet():
             program: Any = torch.onnx.export(
@@ -126,7 +127,7 @@ def _export(model: nn.Module, x: Tensor, path: Path, facts: dict[str, str]) -> N
                 dynamo=True,
                 verbose=False,
                 input_names=[_INPUT],
-                output_names=[_OUTPUT],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
             program.model.metadata_props.update(facts)
@@ -162,7 +163,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compared(path: Path, model: nn.Module, x: Tensor) -> str:
+def _compared(path: Path, model: nn.Module, x: Tensor, output: str) -> str:
     """Runs the file on samples of another number than it was exported with.
 
     Raises:
@@ -178,13 +179,14 @@ def _compared(path: Path, model: nn.Module, x: Tensor) -> str:
     except Exception as error:  # of its own classes; it may have no kernels for this type, and numpy no bfloat16
         return f"not compared: onnxruntime cannot run it here ({_in_brief(error)}); all runtimes know --dtype float32"
     try:
-        (found,) = session.run([_OUTPUT], {_INPUT: values})
+        (found,) = session.run([output], {_INPUT: values})
     except Exception as error:
         raise UsageError(f"{path.name}: onnxruntime fails on it, it is not written: {_in_brief(error)}") from error
     with torch.no_grad():
-        expected = model(x).double()
+        outputs = model(x)
+        expected = outputs.double()
     difference = float((torch.from_numpy(found).double() - expected).abs().max())
-    if not difference <= torch.finfo(x.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max())):
+    if not difference <= torch.finfo(outputs.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max())):
         raise UsageError(
             f"{path.name}: in onnxruntime its outputs differ from the model's by up to {difference:.2g}; "
             "it is not written. Export the weights in another format."

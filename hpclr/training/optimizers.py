@@ -1,4 +1,4 @@
-"""Any optimiser of torch.optim by its name, with its options checked before training."""
+"""Any optimiser of torch.optim by its name, or GaLore, with its options checked before training."""
 
 import difflib
 import inspect
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hpclr.config import RunFile
 from hpclr.config.schema import Optimizer as OptimizerSection
 from hpclr.errors import UsageError
 
@@ -18,6 +19,33 @@ UNSUITABLE = {
     "sparseadam": "it takes sparse gradients only",
 }
 NAMED_OPTIONS = ("weight_decay", "momentum", "nesterov", "betas", "eps")
+
+
+def optimizer_of(run: RunFile, model: nn.Module) -> Optimizer:
+    """The optimiser of a run: one of torch.optim, or GaLore, which is a package of its own.
+
+    Raises:
+        UsageError: as `build_optimizer`; for GaLore also where it is not installed, or cannot follow the method.
+    """
+    section = run.optimizer
+    if not section.name.lower().startswith("galore"):
+        return build_optimizer(section, model.parameters())
+    if section.name.lower() != "galore_adamw":
+        raise UsageError(f"optimizer.name: of GaLore's optimisers there is galore_adamw here, found '{section.name}'")
+    if run.method.name != "dense":
+        raise UsageError(
+            "optimizer.name: galore_adamw keeps its moments in a space of its own for each weight, where they cannot "
+            f"follow when method '{run.method.name}' changes the weight's form; use it with method: {{name: dense}}, "
+            "or adamw with this method"
+        )
+    try:
+        from hpclr.training.galore import build_galore
+    except ImportError as error:
+        raise UsageError(
+            f"optimizer.name: galore_adamw needs the package galore-torch, which cannot be imported here ({error}): "
+            "pip install 'hpclr[galore]'"
+        ) from error
+    return build_galore(section, model)
 
 
 def build_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hpclr.lowrank.interchange import factored_weights, tied_names
 from hpclr.parallel.group import Group
 from hpclr.training.assembly import Assembly
 from hpclr.training.environment import random_states, seed_everything, seed_of, set_random_states
-from hpclr.training.tasks import Score
+from hpclr.training.scores import METRICS, Score
 
 
 @dataclass
@@ -25,32 +25,38 @@ class Position:
 
     step: int = 0  # batches trained on; also the sampler's whole state
     seconds: float = 0.0  # of training so far, over all attempts
-    best_accuracy: float | None = None  # on the validation split, at best_step
-    best_loss: float | None = None
+    best_scores: dict[str, float] = field(default_factory=dict)  # on the validation split, at best_step
     best_step: int | None = None
     validations_since_best: int = 0
     finished: bool = False
+    # what training has cost so far, over all attempts; None where that is not known
+    flops: int | None = 0  # operations, of all processes together
+    dense_flops: int | None = 0  # what the same steps would have taken with dense weights
+    reduced_bytes: int | None = 0  # of gradients
+    optimizer_bytes: int | None = 0  # the most at any time
+    peak_memory: int | None = 0  # bytes, the most on any process
 
     def best(self, metric: str) -> float | None:
-        """The best score so far by this metric: accuracy or loss."""
-        return self.best_loss if metric == "loss" else self.best_accuracy
+        """This metric of the best score so far; None before there is one."""
+        return self.best_scores.get(metric)
 
     def judge(self, score: Score, metric: str) -> bool:
         """Takes a validation score; returns whether by this metric it is better than all before."""
-        best = self.best(metric)
-        gain = score.accuracy if metric == "accuracy" else -score.loss
-        before = -math.inf if best is None else best if metric == "accuracy" else -best
-        if not gain > before:
+        best, sign = self.best(metric), 1 if METRICS[metric].higher_is_better else -1
+        if not sign * score.values[metric] > (-math.inf if best is None else sign * best):
             self.validations_since_best += 1
             return False
-        self.best_accuracy, self.best_loss, self.best_step = score.accuracy, score.loss, self.step
-        self.validations_since_best = 0
+        self.best_scores = {name: value for name, value in score.values.items() if math.isfinite(value)}  # as JSON is
+        self.best_step, self.validations_since_best = self.step, 0
         return True
 
     def ended(self, total_steps: int, patience: int | None) -> bool:
         """Whether a run of this length and with this patience is over here."""
         tired = patience is not None and self.validations_since_best >= patience
         return tired or self.step >= total_steps
+
+
+_COSTS = ("flops", "dense_flops", "reduced_bytes", "optimizer_bytes", "peak_memory")
 
 
 def capture(parts: Assembly, position: Position) -> Tree:
@@ -114,6 +120,7 @@ def _order(parts: Assembly) -> Order:
 def _data_facts(parts: Assembly) -> dict[str, Any]:
     dataset = parts.dataset
     return {
+        "task": dataset.task,
         "digest": dataset.digest,
         "stamp": dict(dataset.stamp),
         "classes": list(dataset.classes),
@@ -154,8 +161,14 @@ def _copied(state: Any) -> Any:
 
 
 def position_of(tree: Tree) -> Position:
-    """Where the run was that a tree comes from."""
-    return Position(**from_tree(tree["position"]))
+    """Where the run was that a tree comes from.
+
+    The first checkpoints kept the best score in keys of their own, and did not know what training had cost.
+    """
+    found: dict[str, Any] = dict(from_tree(tree["position"]))
+    old = {name: found.pop(f"best_{name}", None) for name in ("accuracy", "loss")}
+    scores = {name: value for name, value in old.items() if value is not None}
+    return Position(**{"best_scores": scores, **dict.fromkeys(_COSTS), **found})
 
 
 def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tree:

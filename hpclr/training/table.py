@@ -1,6 +1,7 @@
 """Finished runs side by side, one by one or averaged over seeds."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from hpclr.errors import UsageError
 from hpclr.training.run_directory import RunDirectory
+from hpclr.training.scores import METRICS
 
 Summary = dict[str, Any]
 Columns = dict[str, list[Summary]]  # heading → the runs behind it
@@ -63,8 +65,6 @@ def _by_method(summaries: Sequence[Summary]) -> Columns:
 
 Value = Callable[[Summary], float | None]
 QUANTITIES: tuple[tuple[str, Value, str], ...] = (
-    ("test accuracy", lambda s: s["test"]["accuracy"], ".2%"),
-    ("best validation accuracy", lambda s: s["best_validation"]["accuracy"], ".2%"),
     ("trainable parameters", lambda s: s["sizes"]["trainable"], ",.0f"),
     ("  of dense", lambda s: s["sizes"]["trainable"] / s["sizes"]["dense"], ".1%"),
     ("stored parameters", lambda s: s["sizes"]["stored"], ",.0f"),
@@ -72,11 +72,32 @@ QUANTITIES: tuple[tuple[str, Value, str], ...] = (
     ("dense parameters", lambda s: s["sizes"]["dense"], ",.0f"),
     ("FLOPs of a forward, a sample", lambda s: _divided(s, "flops", "flops_samples"), ",.0f"),
     ("  of dense", lambda s: _divided(s, "flops", "dense_flops"), ".1%"),
+    ("FLOPs of training", lambda s: _cost(s, "training_flops"), ".3g"),
+    ("  of dense", lambda s: _share(s, "training_flops", "dense_training_flops"), ".1%"),
     ("bytes of gradients a step", lambda s: s["sizes"]["gradient_bytes"], ",.0f"),
+    ("  mean of all steps", lambda s: _cost(s, "gradient_bytes_mean"), ",.0f"),
     ("bytes of optimiser state", lambda s: s["sizes"]["optimizer_bytes"], ",.0f"),
+    ("  the most at any time", lambda s: _cost(s, "optimizer_bytes_peak"), ",.0f"),
+    ("bytes of memory in training", lambda s: _cost(s, "peak_memory_bytes"), ",.0f"),
     ("steps", lambda s: s["steps"], ",.0f"),
     ("seconds", lambda s: s["seconds"], ".1f"),
 )
+
+
+def _scores(columns: Columns) -> list[tuple[str, Value, str]]:
+    """The metrics of the runs' tasks, on the test split and, where the run was best, on the validation split."""
+    summaries = [summary for group in columns.values() for summary in group]
+    return [
+        (f"{heading} {name}", partial(_score, split, name), metric.form)
+        for name, metric in METRICS.items()
+        for split, heading in (("test", "test"), ("best_validation", "best validation"))
+        if name != "loss" and any(name in summary["test"] for summary in summaries)
+    ]
+
+
+def _score(split: str, name: str, summary: Summary) -> float | None:
+    found: float | None = summary[split].get(name)
+    return found
 
 
 def _divided(summary: Summary, key: str, by: str) -> float | None:
@@ -85,13 +106,24 @@ def _divided(summary: Summary, key: str, by: str) -> float | None:
     return None if sizes[key] is None or not sizes[by] else sizes[key] / sizes[by]
 
 
+def _cost(summary: Summary, key: str) -> float | None:
+    """A part of the cost; None where it is not known, as in summaries that do not have it yet."""
+    value: float | None = summary.get("cost", {}).get(key)
+    return value
+
+
+def _share(summary: Summary, key: str, whole: str) -> float | None:
+    part, total = _cost(summary, key), _cost(summary, whole)
+    return None if part is None or not total else part / total
+
+
 def _quantities(columns: Columns) -> Table:
     table = Table(title="runs", title_justify="left")
     table.add_column("")
     for heading in columns:
         table.add_column(heading, justify="right")
     table.add_row("method", *(group[0]["method"] for group in columns.values()))
-    for label, value, form in QUANTITIES:
+    for label, value, form in (*_scores(columns), *QUANTITIES):
         table.add_row(label, *(_cell([value(summary) for summary in group], form) for group in columns.values()))
     return table
 

@@ -27,7 +27,8 @@ _STATE_OF_A_RUN = {"method", "optimizer", "position", "run", "sampler"}
 _NAME = re.compile(r"step-(\d+)\.h5")
 _NAME_OR_SIDECAR = re.compile(_NAME.pattern + r"(\.sha256)?")
 _DELETION_SECONDS = 1.0  # between a checkpoint's data and its digest; really some milliseconds
-_OF_OTHER_SHAPES = ("row_var", "col_var")  # Adafactor's, whose point it is to be smaller than the parameter
+_BASIS = "ortho_matrix"  # GaLore's, into whose directions the other state of a parameter is projected
+_OF_OTHER_SHAPES = ("row_var", "col_var", _BASIS)  # Adafactor's and GaLore's, to be smaller than the parameter
 _MOST_NAMED = 3
 _MOST_OF_A_REASON = 4096  # bytes
 
@@ -299,9 +300,24 @@ def _optimizer(facts: _Facts) -> Iterator[str]:
     for name in facts.trained:
         if name not in facts.model:
             yield f"optimizer: expected the parameter {name!r} in the model, found none"
-    for path, item in facts.below("optimizer", "state"):
-        if item.shape and path[-1] not in _OF_OTHER_SHAPES:
+    state = list(facts.below("optimizer", "state"))
+    bases = {path[0]: item.shape for path, item in state if path[-1] == _BASIS}
+    for path, item in state:
+        if not item.shape or path[-1] in _OF_OTHER_SHAPES:
+            continue
+        if path[0] not in bases:
             yield from _differs(f"optimizer, {path[-1]} of", path[0], item.shape, facts)
+        elif not _is_projected(item.shape, bases[path[0]], facts.model.get(path[0], ())):
+            basis = f"projected by {bases[path[0]]}"
+            yield f"optimizer, {path[-1]} of {path[0]!r}: expected a shape {basis}, found {item.shape}"
+
+
+def _is_projected(found: Shape, basis: Shape, whole: Shape) -> bool:
+    """Whether moments are of a gradient (m×n) on one side of a basis of GaLore's: (r, n) for m×r, (m, r) for r×n."""
+    if len(basis) != 2 or len(whole) != 2:
+        return False
+    (m, n), (a, b) = whole, basis
+    return (a == m and found == (b, n)) or (b == n and found == (m, a))
 
 
 def _averages(facts: _Facts) -> Iterator[str]:

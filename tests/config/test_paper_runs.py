@@ -27,8 +27,8 @@ def parameters(file: str, channels: int, pixels: int, classes: int) -> int:
     for key in ("weights", "weights_except"):
         del options[key]
     with torch.device("meta"):
-        shape = (channels, pixels, pixels)
-        model = models.build(options.pop("name"), sample_shape=shape, classes=classes, **options)
+        samples = models.Samples("classification", (channels, pixels, pixels), (classes,))
+        model = models.build(options.pop("name"), samples, **options)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -26,6 +26,32 @@ def write_by_hand(path, sizes=None, shape=(3, 6, 6), dtype="uint8"):
     return path
 
 
+def write_series(path, sizes, columns=2, seed=0):
+    """A time series whose splits follow one another; returns what it holds, split → (T, columns)."""
+    values = np.random.default_rng(seed).normal(40, 3, (sum(sizes.values()), columns)).astype(np.float32)
+    content = dict(zip(sizes, np.split(values, np.cumsum(list(sizes.values()))[:-1]), strict=True))
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format="hpclr-data", version=1, task="forecasting")
+        for split, rows in content.items():
+            file[f"{split}/series"] = rows
+        std = content["train"].std(axis=0, dtype=float)
+        file["mean"], file["std"] = content["train"].mean(axis=0, dtype=float), np.where(std > 0, std, 1)
+        file["columns"] = np.frombuffer(json.dumps([str(i) for i in range(columns)]).encode(), dtype=np.uint8)
+    return content
+
+
+def write_tokens(path, sizes, tokens=300, seed=0):
+    """A text in numbers; returns what it holds, split → (T,)."""
+    rng = np.random.default_rng(seed)
+    content = {split: rng.integers(0, tokens, size, dtype=np.uint16) for split, size in sizes.items()}
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format="hpclr-data", version=1, task="language")
+        for split, values in content.items():
+            file[f"{split}/tokens"] = values
+        file["vocabulary"] = np.frombuffer(json.dumps([f"t{i}" for i in range(tokens)]).encode(), dtype=np.uint8)
+    return content
+
+
 def replace(file, name, values):
     del file[name]
     file[name] = values

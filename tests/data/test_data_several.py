@@ -71,7 +71,11 @@ def test_batches_from_disk_are_those_from_memory(paths, order):
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("classes", np.frombuffer(b'["cat"]', dtype=np.uint8), r"its classes or columns is \['cat'\], that of .*a.h5"),
+        (
+            "classes",
+            np.frombuffer(b'["cat"]', dtype=np.uint8),
+            r"its classes, columns or vocabulary is \['cat'\], that of .*a.h5",
+        ),
         ("x", "float32", "its type is float32, that of .*a.h5 is uint8"),
     ],
 )

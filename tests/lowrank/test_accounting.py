@@ -66,6 +66,17 @@ def test_bytes_of_the_optimiser():
     assert summarize(layer).optimizer_bytes is None
 
 
+def test_bytes_of_an_optimiser_that_nests_its_state():
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter] = {
+        "step": 3,
+        "bases": [torch.zeros(2, 2), None],
+        "inner": {"pair": (torch.zeros(5, dtype=torch.float64), torch.zeros((), dtype=torch.int8))},
+    }
+    assert optimizer_bytes(optimizer) == 4 * 4 + 8 * 5 + 1
+
+
 @pytest.mark.parametrize("rows", [1, 50])
 def test_operations_of_a_linear_layer(rows):
     m, n, k = 30, 40, 4

@@ -148,6 +148,16 @@ def test_averages_that_do_not_fit_are_refused_whole(change, message):
     assert all(average.any() for average in ema.state_dict()["averages"].values())
 
 
+def test_what_was_frozen_later_keeps_its_average():
+    layer = nn.Linear(4, 3)
+    ema = EMA(layer, 0.9)
+    layer.weight.requires_grad_(False)
+    state = ema.state_dict()
+    state["averages"]["weight"] += 1
+    ema.load_state_dict(state)
+    assert torch.equal(ema.state_dict()["averages"]["weight"], state["averages"]["weight"])
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_an_average_that_was_not_told_of_a_change_says_so(rank):
     layer = nn.Linear(4, 3)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from hpclr import models
+from hpclr.models import Samples
 
-CIFAR = {"sample_shape": (3, 32, 32), "classes": 10}
+CIFAR = Samples("classification", (3, 32, 32), (10,))
 
 # Small versions of every kind of model and of every choice that changes its forward.
 VARIANTS = {
@@ -25,16 +26,20 @@ VARIANTS = {
 }
 
 
+def pictures(shape: tuple[int, ...], classes: int) -> Samples:
+    return Samples("classification", shape, (classes,))
+
+
 def build_variant(variant: str) -> tuple[nn.Module, torch.Tensor]:
     name, shape, options = VARIANTS[variant]
     torch.manual_seed(0)
-    return models.build(name, sample_shape=shape, classes=5, **options), torch.randn(4, *shape)
+    return models.build(name, pictures(shape, 5), **options), torch.randn(4, *shape)
 
 
 def build_empty(name: str, **options) -> nn.Module:
     """A model for CIFAR-10 whose weights have shapes but no numbers."""
     with torch.device("meta"):
-        return models.build(name, **CIFAR, **options)
+        return models.build(name, CIFAR, **options)
 
 
 def count(model: nn.Module) -> int:
@@ -62,7 +67,7 @@ def test_weights_and_outputs_are_a_function_of_the_seed(variant):
     assert torch.equal(first.eval()(x), second.eval()(x))
     torch.manual_seed(1)
     name, shape, options = VARIANTS[variant]
-    other = models.build(name, sample_shape=shape, classes=5, **options)
+    other = models.build(name, pictures(shape, 5), **options)
     assert not torch.equal(first.eval()(x), other.eval()(x))
 
 
@@ -101,7 +106,7 @@ def test_resnets_have_the_published_size_and_depth(depth, published, exact):
 
 
 def test_resnet_shortcut_is_every_second_pixel_padded_with_zero_channels():
-    model = models.build("resnet20", **CIFAR)
+    model = models.build("resnet20", CIFAR)
     block = model.stages[1][0]
     nn.init.zeros_(block.norm2.weight)  # silences the convolutions
     x = torch.rand(2, 16, 7, 7)
@@ -121,7 +126,7 @@ def test_vgg16_has_13_convolutions_one_linear_and_the_known_size():
 
 @pytest.mark.parametrize("side", [8, 28, 32, 33, 64])
 def test_vgg16_takes_images_of_any_size(side):
-    model = models.build("vgg16", sample_shape=(1, side, side), classes=3, width=1 / 16)
+    model = models.build("vgg16", pictures((1, side, side), 3), width=1 / 16)
     assert model(torch.randn(2, 1, side, side)).shape == (2, 3)
 
 
@@ -155,15 +160,15 @@ def test_dropout_acts_in_training_and_leaves_the_names_of_the_weights(variant):
     model, x = build_variant(variant)
     assert not torch.equal(model(x), model(x))
     name, shape, options = VARIANTS[variant]
-    without = models.build(name, sample_shape=shape, classes=5, **{**options, "dropout": 0.0})
+    without = models.build(name, pictures(shape, 5), **{**options, "dropout": 0.0})
     assert list(without.state_dict()) == list(model.state_dict())
 
 
 def test_names_build_with_their_defaults():
-    assert models.names() == ["mlp", "vit", "vgg16", *(f"resnet{d}" for d in (20, 32, 44, 56, 110))]
+    assert models.names("classification") == ["mlp", "vit", "vgg16", *(f"resnet{d}" for d in (20, 32, 44, 56, 110))]
     with torch.device("meta"):  # shapes without numbers
-        for name in models.names():
-            assert models.build(name, **CIFAR)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        for name in models.names("classification"):
+            assert models.build(name, CIFAR)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
 
 
 ERRORS = [
@@ -194,13 +199,13 @@ ERRORS = [
 @pytest.mark.parametrize(("name", "shape", "options", "message"), ERRORS)
 def test_errors_say_what_is_wrong_and_what_would_be_right(name, shape, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        models.build(name, sample_shape=shape, classes=10, **options)
+        models.build(name, pictures(shape, 10), **options)
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "vgg16", "resnet20"])
 def test_a_model_needs_a_class(name):
     with pytest.raises(ValueError, match="classes must be a whole number of at least 1, found 0"):
-        models.build(name, sample_shape=(1, 8, 8), classes=0)
+        models.build(name, pictures((1, 8, 8), 0))
 
 
 def test_resnet_of_another_depth():

@@ -1,6 +1,7 @@
 """Saving while training goes on, by steps and by the clock; disks that are full, gone or read-only for a while."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,8 @@ from hpclr.checkpoint import CheckpointStore, load_file
 from hpclr.errors import RetryableError
 from hpclr.training import loop, metrics, saving
 from hpclr.training.metrics import MetricsFile
+from hpclr.training.scores import Score
 from hpclr.training.state import Position
-from hpclr.training.tasks import Score
 
 # A model that runs what the environment's AT says before the forward pass of a training step: {"3": "statement"}.
 ACTING = """
@@ -237,16 +238,18 @@ def test_neither_steps_nor_minutes(bench):
         ("accuracy", [(1.0, 0.5), (0.5, 0.4), (2.0, 0.6), (3.0, 0.6)], 3),
         ("loss", [(1.0, 0.5), (0.5, 0.4), (2.0, 0.6), (0.5, 0.9)], 2),
         ("loss", [(float("nan"), 0.5), (1.0, 0.4)], 2),
+        ("accuracy", [(1.0, 0.5), (float("inf"), 0.6)], 2),
     ],
 )
 def test_what_counts_as_better(metric, scores, best):
     position = Position()
     for step, (loss, accuracy) in enumerate(scores, start=1):
         position.step = step
-        position.judge(Score(loss, accuracy, 10), metric)
+        position.judge(Score(loss, {"accuracy": accuracy}, 10), metric)
     assert position.best_step == best
     assert position.best(metric) == (scores[best - 1][0] if metric == "loss" else scores[best - 1][1])
     assert position.validations_since_best == len(scores) - best
+    assert all(map(math.isfinite, position.best_scores.values()))  # a checkpoint holds no others
 
 
 def test_the_best_by_loss_is_kept(bench):

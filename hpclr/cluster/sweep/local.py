@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hpclr.cluster.progress import LOCAL_LOG, last_words
-from hpclr.cluster.sweep.points import Point
+from hpclr.cluster.sweep.files import Point
 from hpclr.cluster.sweep.standing import Standing, standings
 from hpclr.config import dump
 from hpclr.errors import EXIT_ERROR, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, UsageError
@@ -27,7 +27,12 @@ _BETTER_FIRST = (0, EXIT_REQUEUE, EXIT_RETRY, EXIT_USAGE, EXIT_ERROR)
 
 
 def train_here(
-    points: Sequence[Point], runs: Path, directory: Path, at_once: int, show: Callable[[int, int], None]
+    points: Sequence[Point],
+    runs: Path,
+    directory: Path,
+    at_once: int,
+    show: Callable[[int, int], None],
+    then: Callable[[], Sequence[Point]] = lambda: (),
 ) -> int:
     """Trains runs, or continues them; one that fails does not hold up the others.
 
@@ -40,33 +45,38 @@ def train_here(
         directory: takes their run files, as they are now.
         at_once: how many train at the same time.
         show: is told how many have ended, of how many.
+        then: is asked, whenever runs have ended, which others can begin only now.
 
     Returns:
         The worst of their exit codes; 85 if some were not started or only saved, and none has failed.
     """
-    waiting = [(point, _run_file(point, directory)) for point in points]
-    show(0, len(points))
+    waiting = _with_files(points, directory)
+    count = len(waiting)
+    show(0, count)
     with _Processes(runs, at_once).listening() as processes:
         while waiting or processes.running:
+            before = len(processes.codes)
             while waiting and processes.has_room:
                 processes.start(*waiting.pop(0))
             if processes.stopping:
                 waiting.clear()
             time.sleep(_POLL)
-            before = len(processes.codes)
             processes.reap()
             if len(processes.codes) > before:
-                show(len(processes.codes), len(points))
-    codes = processes.codes + [EXIT_REQUEUE] * (len(points) - len(processes.codes))
+                more = [] if processes.stopping else _with_files(then(), directory)
+                waiting, count = waiting + more, count + len(more)
+                show(len(processes.codes), count)
+    codes = processes.codes + [EXIT_REQUEUE] * (count - len(processes.codes))
     return max(codes, key=_BETTER_FIRST.index, default=0)
 
 
-def _run_file(point: Point, directory: Path) -> Path:
+def _with_files(points: Sequence[Point], directory: Path) -> list[tuple[Point, Path]]:
     """Written down, so that the last run to start is of the same sweep as the first."""
-    file = directory / f"{point.name}.yaml"
+    found = [(point, directory / f"{point.name}.yaml") for point in points]
     with writing(directory):
-        write_whole(file, dump(point.run).encode())
-    return file
+        for point, file in found:
+            write_whole(file, dump(point.run).encode())
+    return found
 
 
 def _elsewhere(point: Point, runs: Path) -> Standing | None:

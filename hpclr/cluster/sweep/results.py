@@ -12,11 +12,13 @@ from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
-from hpclr.cluster.sweep.points import Point, Sweep, value_at
+from hpclr.cluster.sweep.files import Point
+from hpclr.cluster.sweep.points import Sweep, value_at
 from hpclr.cluster.sweep.standing import Standing
 from hpclr.config.describe import show
 from hpclr.errors import UsageError
 from hpclr.files import write_whole
+from hpclr.training.scores import METRICS, judged_by
 
 _SEED = "train.seed"
 _NONE = "–"
@@ -49,14 +51,14 @@ class Results:
     """
 
     def __init__(self, sweep: Sweep, standings: Mapping[str, Standing]) -> None:
-        metrics = {point.run.validation.metric for point in sweep.points}
-        self._metric = metrics.pop() if len(metrics) == 1 else "accuracy"
+        metrics = {judged_by(point.run) for point in sweep.points}
+        self._metric = metrics.pop() if len(metrics) == 1 else "loss"  # which every task has
         self._keys = sweep.keys
         self._rows = sorted((self._row(point, standings[point.name]) for point in sweep.points), key=self._place)
 
     def _row(self, point: Point, standing: Standing) -> Row:
         places = (("test", self._metric), *(place for _, _, place in _QUANTITIES))
-        results = [_found(standing.summary, place) for place in places]
+        results = [found(standing.summary, place) for place in places]
         results[1] = results[1] if results[1] is not None or not standing.step else standing.step
         return Row(point, [value_at(point.run, key) for key in self._keys], results, standing)
 
@@ -65,7 +67,7 @@ class Results:
 
     def _order(self, value: float | None) -> tuple[bool, float]:
         """The best first; unfinished runs keep their order."""
-        return (True, 0.0) if value is None else (False, value if self._metric == "loss" else -value)
+        return (True, 0.0) if value is None else (False, -value if METRICS[self._metric].higher_is_better else value)
 
     @property
     def _headings(self) -> list[str]:
@@ -73,7 +75,7 @@ class Results:
 
     @property
     def _forms(self) -> list[str]:
-        return [".2%" if self._metric == "accuracy" else ".4f", *(form for _, form, _ in _QUANTITIES)]
+        return [METRICS[self._metric].form, *(form for _, form, _ in _QUANTITIES)]
 
     def show(self, console: Console | None = None) -> None:
         """Prints the runs and, where some differ in their seeds only, the means over these."""
@@ -91,17 +93,14 @@ class Results:
         """Writes the runs as CSV: names, varied keys, results as they are, states.
 
         Raises:
-            UsageError: if the file cannot be written.
+            UsageError: as `write_table`.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["name", *self._keys, *(heading.replace(" ", "_") for heading in self._headings), "state"])
         for row in self._rows:
             writer.writerow([row.point.name, *map(_raw, row.values), *map(_raw, row.results), row.standing.words])
-        try:
-            write_whole(file, text.getvalue().encode())
-        except OSError as error:
-            raise UsageError(f"cannot write {file}: {error.strerror or error}") from error
+        write_table(file, text.getvalue().encode())
 
     def _seeds(self) -> list[list[Row]]:
         """Runs that differ in their seeds only, together."""
@@ -124,6 +123,18 @@ class Results:
         return table
 
 
+def write_table(file: Path, content: bytes) -> None:
+    """Writes a file of results.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    try:
+        write_whole(file, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror or error}") from error
+
+
 def _table(title: str, keys: Sequence[str], headings: Sequence[str]) -> Table:
     """Headings have two lines where that makes them narrower."""
     table = Table(title=title, title_justify="left")
@@ -141,11 +152,12 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=_LOG_WIDTH)
 
 
-def _found(summary: Mapping[str, Any] | None, place: Sequence[str]) -> float | None:
-    found: Any = summary
+def found(summary: Mapping[str, Any] | None, place: Sequence[str]) -> float | None:
+    """A number of a summary; None where there is none."""
+    value: Any = summary
     for key in place:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, (int, float)) else None
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, (int, float)) else None
 
 
 def _scores(rows: Sequence[Row]) -> list[float | None]:

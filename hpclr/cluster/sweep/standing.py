@@ -9,7 +9,8 @@ import msgspec
 
 from hpclr.cluster.progress import open_regular
 from hpclr.cluster.status import Status, on_one_line, runs_in, statuses
-from hpclr.cluster.sweep.points import Point, Sweep
+from hpclr.cluster.sweep.files import Point
+from hpclr.cluster.sweep.points import Sweep
 from hpclr.config import RunFile, differences, load_run_file
 from hpclr.errors import UsageError
 from hpclr.files import write_whole
@@ -43,18 +44,18 @@ class Standing:
 
 
 def directory_of(sweep: Sweep, runs: Path) -> Path:
-    """Where a sweep keeps what belongs to no run: `runs/NAME.sweep`."""
-    return runs / f"{sweep.name}.sweep"
+    """Where a sweep keeps what belongs to no run: `runs/NAME.sweep`; of a comparison `runs/NAME.compare`."""
+    return runs / f"{sweep.name}.{sweep.command}"
 
 
-def standings(points: Sequence[Point], runs: Path) -> dict[str, Standing]:
+def standings(points: Sequence[Point], runs: Path, kind: str = "sweep") -> dict[str, Standing]:
     """How far each run has come, by its name; Slurm is asked once.
 
     Raises:
         UsageError: if a run cannot be started, since its directory holds something else; names all of them.
     """
-    _check_places(points, runs)
-    finished = {point.name: _finished(point, runs) for point in points}
+    _check_places(points, runs, kind)
+    finished = {point.name: come_to_an_end(point, runs) for point in points}
     open_ = [runs / name for name, found in finished.items() if found is None or found.waits]
     others = _of_others(open_, set(runs_in(runs)))
     return {name: _together(found, others.get(runs / name)) for name, found in finished.items()}
@@ -69,7 +70,7 @@ def plan(sweep: Sweep, standing: Mapping[str, Standing], runs: Path) -> str:
     count = sum(found.waits for found in standing.values())
     lines.append(f"{sweep.name}: {len(standing)} runs in {runs}, of which {count} are to be started")
     if others := strangers(sweep, runs):
-        lines.append(f"no longer of this sweep, and left as they are: {', '.join(others)}")
+        lines.append(f"no longer of this {sweep.kind}, and left as they are: {', '.join(others)}")
     return "\n".join(lines)
 
 
@@ -101,16 +102,16 @@ def _recorded(sweep: Sweep, runs: Path) -> dict[str, dict[str, Any]]:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"cannot read {file}: {error}. It says which runs the sweep has had; remove it, and runs that no longer "
-            "belong to the sweep are not named any more."
+            f"cannot read {file}: {error}. It says which runs the {sweep.kind} has had; remove it, and runs that no "
+            f"longer belong to the {sweep.kind} are not named any more."
         ) from None
 
 
-def _check_places(points: Sequence[Point], runs: Path) -> None:
+def _check_places(points: Sequence[Point], runs: Path, kind: str) -> None:
     faults = [fault for point in points if (fault := _fault(RunDirectory(runs / point.name), point.run))]
     if faults:
         raise UsageError(
-            "\n".join([*faults, "Take the changes back, or give the sweep another name, with `name:` in its file."])
+            "\n".join([*faults, f"Take the changes back, or give the {kind} another name, with `name:` in its file."])
         )
 
 
@@ -152,7 +153,7 @@ def _together(found: Standing | None, other: Standing | None) -> Standing:
     return replace(found if other.waits else other, summary=found.summary)
 
 
-def _finished(point: Point, runs: Path) -> Standing | None:
+def come_to_an_end(point: Point, runs: Path) -> Standing | None:
     """What a run has come to, which waits if it is to be longer now; None if it is not finished."""
     directory = RunDirectory(runs / point.name)
     if not (directory.exists and directory.summary.exists()):

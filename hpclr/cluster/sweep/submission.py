@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hpclr.cluster.checks import partitions_here
 from hpclr.cluster.record import note_jobs
@@ -13,7 +14,8 @@ from hpclr.cluster.resources import Resources
 from hpclr.cluster.snapshot import placed
 from hpclr.cluster.submit import Prepared, prepare
 from hpclr.cluster.submitting import UnknownOutcomeError, hand_over, withdraw
-from hpclr.cluster.sweep.points import Point, Sweep
+from hpclr.cluster.sweep.files import Point
+from hpclr.cluster.sweep.points import Sweep
 from hpclr.cluster.sweep.standing import directory_of, remember
 from hpclr.errors import UsageError
 from hpclr.slurm import client
@@ -88,7 +90,7 @@ def submit_array(array: PreparedArray, sweep: Sweep, runs: Path) -> str:
         jobs: list[str] = []
         try:
             _hand_over(sweep, script, jobs)
-            _note(array, jobs[0], script)
+            _note(array, jobs[0], script, sweep.command)
             remember(sweep, runs)
             script.rename(array.directory / "logs" / f"{jobs[0]}_submission.sh")  # where slurm-tools look for it
         except UnknownOutcomeError:
@@ -107,17 +109,17 @@ def _hand_over(sweep: Sweep, script: Path, jobs: list[str]) -> None:
         raise UnknownOutcomeError(
             "Whether the array was submitted is not known, as Slurm does not answer. Once it does, "
             f"`squeue --me --name={sweep.name}` shows it if there is one: end it with `scancel`. Then submit "
-            "the sweep again."
+            f"the {sweep.kind} again."
         ) from error
     finally:
         jobs[:] = sorted(jobs, key=int)[:1]  # the number of the array is the first; elements that run have others
 
 
-def _note(array: PreparedArray, job: str, script: Path) -> None:
+def _note(array: PreparedArray, job: str, script: Path, by: Literal["sweep", "compare"]) -> None:
     for number, run in enumerate(array.runs):
         with writing(run.directory):
             (run.directory / "logs").mkdir(exist_ok=True)
-            note_jobs(run.directory, (f"{job}_{number}",), "sweep", script)
+            note_jobs(run.directory, (f"{job}_{number}",), by, script)
 
 
 @contextmanager
@@ -147,5 +149,5 @@ def _check_number(count: int) -> None:
     if most is not None and count > most:
         raise UsageError(
             f"{count} runs are to be started, but a job array has at most {most} elements on this cluster (MaxArraySize"
-            " of `scontrol show config`). Take values out of the sweep file, and put them back when the rest is done."
+            " of `scontrol show config`). Take values or seeds out, and put them back when the rest is done."
         )

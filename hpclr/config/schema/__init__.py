@@ -6,8 +6,8 @@ the first field of such a class is a `Literal` that tells the kinds apart.
 """
 
 from hpclr.config.schema.data import Data
-from hpclr.config.schema.method import Dense, Oialr, SvdTraining
-from hpclr.config.schema.model import Mlp, Resnet, Target, Vgg, Vit
+from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
+from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
 from hpclr.config.schema.optimization import Constant, Cosine, OneCycle, Optimizer, Step
 from hpclr.config.schema.rules import (
     EnergyRule,
@@ -24,16 +24,20 @@ __all__ = [
     "Checkpoint",
     "Constant",
     "Cosine",
+    "Cuttlefish",
     "Data",
     "Dense",
     "EnergyRule",
+    "FixedRank",
     "GavishDonohoRule",
+    "Gpt2",
     "MarchenkoPasturRule",
     "Mlp",
     "Oialr",
     "OneCycle",
     "Optimizer",
     "Parallel",
+    "Patchtst",
     "RelativeRule",
     "Resnet",
     "RunFile",
@@ -46,6 +50,7 @@ __all__ = [
     "SvdTraining",
     "Target",
     "Train",
+    "Truncate",
     "Validation",
     "Vgg",
     "Vit",

@@ -17,6 +17,17 @@ class Data(Section, kw_only=True, frozen=True):
         doc("HDF5 file, as `hpclr data prepare` writes it; or a list of such files, which count as one after another."),
     ]
     batch_size: Annotated[Count, doc("Samples in an optimiser step, over all processes together.")]
+    context: Annotated[
+        Count | None, doc("Time series and text: rows or tokens that the model sees of a sample; needed there.")
+    ] = None
+    horizon: Annotated[Count | None, doc("Time series: rows after these that it predicts; needed there.")] = None
+    stride: Annotated[
+        Count | None,
+        doc(
+            "Time series and text: rows or tokens from the beginning of one training sample to that of the next; null: "
+            "1 of series, `context` of text."
+        ),
+    ] = None
     shuffle: Annotated[
         Literal["auto", "samples", "chunks"],
         doc(

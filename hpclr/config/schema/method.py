@@ -17,6 +17,7 @@ from hpclr.config.schema.rules import (
 from hpclr.config.schema.types import (
     BelowOne,
     BetweenZeroAndOne,
+    Count,
     Interval,
     Moment,
     NonNegative,
@@ -41,6 +42,13 @@ Include = Annotated[tuple[str, ...] | None, doc("Patterns of layer names; only t
 Exclude = Annotated[tuple[str, ...], doc("Patterns of layer names that stay dense.")]
 
 
+RankRule = RelativeRule | EnergyRule | SumProportionRule | StableRankRule | MarchenkoPasturRule | GavishDonohoRule
+FrobeniusDecay = Annotated[
+    NonNegative | None,
+    doc("λ of a penalty λ/2·‖AB‖² in place of the factors' weight decay; null: the optimiser's `weight_decay`."),
+]
+
+
 class Oialr(Section, kw_only=True, frozen=True):
     """Orthogonality-Informed Adaptive Low-Rank training (arXiv 2401.08505)."""
 
@@ -48,13 +56,7 @@ class Oialr(Section, kw_only=True, frozen=True):
     delay: Annotated[Moment, doc("When weights become low-rank; with `freeze: stable` the latest moment.")]
     every: Annotated[Interval, doc("Between one check of the ranks and the next.")]
     cutoff: Annotated[
-        BetweenZeroAndOne
-        | RelativeRule
-        | EnergyRule
-        | SumProportionRule
-        | StableRankRule
-        | MarchenkoPasturRule
-        | GavishDonohoRule,
+        BetweenZeroAndOne | RankRule,
         doc("Which singular values stay: those from β times the largest up, or a rank rule."),
     ] = 0.1
     layer_fraction: Annotated[Share, doc("Share of the layers that each check adds to those cut.")] = 0.1
@@ -106,6 +108,54 @@ class SvdTraining(Section, kw_only=True, frozen=True):
         Literal["svd", "random"], doc("Start from the weights' decompositions, or from random orthonormal factors.")
     ] = "svd"
     regularize_at: Annotated[Moment, doc("From when on R counts; before that the factors train without it.")] = 0
+    min_rank: MinRank = 0.0
+    max_aspect: MaxAspect = 10.0
+    keep_first: KeepFirst = False
+    keep_last: KeepLast = True
+    include: Include = None
+    exclude: Exclude = ()
+
+
+class Truncate(Section, kw_only=True, frozen=True):
+    """Dense training, one truncation of every weight to two factors A B, fine-tuning of these."""
+
+    name: Annotated[Literal["truncate"], doc("This method.")] = "truncate"
+    at: Annotated[Moment, doc("When the weights are truncated.")]
+    rank: Annotated[Share | RankRule, doc("Which rank: a share of a layer's smaller side, or a rank rule.")]
+    min_rank: MinRank = 0.0
+    max_aspect: MaxAspect = 10.0
+    keep_first: KeepFirst = False
+    keep_last: KeepLast = True
+    include: Include = None
+    exclude: Exclude = ()
+
+
+class FixedRank(Section, kw_only=True, frozen=True):
+    """Two factors A B of a fixed rank from the first step on (arXiv 2105.01029)."""
+
+    name: Annotated[Literal["fixed_rank"], doc("This method.")] = "fixed_rank"
+    rank: Annotated[Share, doc("Rank, as a share of the layer's smaller side.")]
+    init: Annotated[
+        Literal["spectral", "random"],
+        doc("Start from the truncated decomposition of the initial weight, or from normal factors of its norm."),
+    ] = "spectral"
+    frobenius_decay: FrobeniusDecay = None
+    max_aspect: MaxAspect = 10.0
+    keep_first: KeepFirst = False
+    keep_last: KeepLast = True
+    include: Include = None
+    exclude: Exclude = ()
+
+
+class Cuttlefish(Section, kw_only=True, frozen=True):
+    """Dense until the stable ranks have flattened, then two factors A B of ranks that follow (arXiv 2305.02538)."""
+
+    name: Annotated[Literal["cuttlefish"], doc("This method.")] = "cuttlefish"
+    every: Annotated[Interval, doc("Between one measurement of the stable ranks and the next; an epoch, usually.")]
+    delay: Annotated[Moment, doc("When weights become factors at the latest.")]
+    window: Annotated[Count, doc("Measurements over which stable ranks are smoothed and their slopes averaged.")] = 15
+    flatness: Annotated[NonNegative, doc("Mean slope, in stable rank per measurement, that counts as flat.")] = 0.1
+    frobenius_decay: FrobeniusDecay = None
     min_rank: MinRank = 0.0
     max_aspect: MaxAspect = 10.0
     keep_first: KeepFirst = False

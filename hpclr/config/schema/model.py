@@ -62,6 +62,36 @@ class Resnet(Section, kw_only=True, frozen=True):
     weights_except: WeightsExcept = ()
 
 
+class Patchtst(Section, kw_only=True, frozen=True):
+    """PatchTST, a transformer that forecasts each column of a time series by itself; needs the extra `zoo`."""
+
+    name: Annotated[Literal["patchtst"], doc("This kind of model.")] = "patchtst"
+    patch: Annotated[Count, doc("Rows in a patch; fewer than `data.context`.")] = 16
+    patch_stride: Annotated[Count, doc("Rows from the beginning of a patch to that of the next.")] = 8
+    dim: Annotated[Count, doc("Width of the embedding; a multiple of `heads`.")] = 64
+    depth: Annotated[Count, doc("Number of transformer blocks.")] = 3
+    heads: Annotated[Count, doc("Attention heads in each block.")] = 4
+    ffn: Annotated[Count, doc("Hidden width of a block's MLP.")] = 128
+    norm: Annotated[
+        Literal["batch", "layer"], doc("Normalisation: over all patches of a batch, or of each by itself.")
+    ] = "batch"
+    dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.1
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
+class Gpt2(Section, kw_only=True, frozen=True):
+    """GPT-2, which predicts the next token of a text; needs the extra `zoo`."""
+
+    name: Annotated[Literal["gpt2"], doc("This kind of model.")] = "gpt2"
+    dim: Annotated[Count, doc("Width of the embedding; a multiple of `heads`.")] = 128
+    depth: Annotated[Count, doc("Number of transformer blocks.")] = 4
+    heads: Annotated[Count, doc("Attention heads in each block.")] = 4
+    dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.0
+    weights: Weights = None
+    weights_except: WeightsExcept = ()
+
+
 class Target(Section, kw_only=True, frozen=True):
     """Any model that can be imported: `target` is called with `args`."""
 

@@ -10,11 +10,11 @@ from hpclr.config.schema.types import BelowOne, BetweenZeroAndOne, Interval, Non
 
 
 class Optimizer(Section, kw_only=True, frozen=True):
-    """A class of torch.optim and its options; an absent option takes torch's own default."""
+    """A class of torch.optim, or GaLore, and its options; an absent option takes that class's own default."""
 
     name: Annotated[
         Annotated[str, Meta(min_length=1, title="the name of a class of torch.optim")],
-        doc("Class of torch.optim, in its own spelling or in lower case."),
+        doc("Class of torch.optim, in its own spelling or in lower case; or galore_adamw (docs/galore.md)."),
     ] = "adamw"
     lr: Annotated[Positive, doc("Learning rate.")]
     weight_decay: Annotated[NonNegative | None, doc("Weight decay.")] = None

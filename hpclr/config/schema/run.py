@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from hpclr.config.schema.data import Data
-from hpclr.config.schema.method import Dense, Oialr, SvdTraining
-from hpclr.config.schema.model import Mlp, Resnet, Target, Vgg, Vit
+from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
+from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
 from hpclr.config.schema.optimization import Constant, Cosine, OneCycle, Optimizer, Step
 from hpclr.config.schema.types import (
     BelowOne,
@@ -63,9 +63,12 @@ class Validation(Section, kw_only=True, frozen=True):
     every_epochs: Annotated[Positive | None, doc("Epochs or parts of one; or give `every_steps`.")] = None
     every_steps: Annotated[Count | None, doc("Optimiser steps; or give `every_epochs`.")] = None
     metric: Annotated[
-        Literal["accuracy", "loss"],
-        doc("What makes a model the best so far: the highest accuracy, or the lowest loss."),
-    ] = "accuracy"
+        Literal["auto", "accuracy", "loss", "mse", "mae", "perplexity"],
+        doc(
+            "What makes a model the best so far: the highest accuracy, or the lowest of another metric of the task; "
+            "auto: accuracy of classes, else the loss."
+        ),
+    ] = "auto"
     patience: Annotated[Count | None, doc("Stop after this many validations without improvement; null: never.")] = None
 
     def __post_init__(self) -> None:
@@ -138,13 +141,16 @@ class RunFile(Section, kw_only=True, frozen=True):
 
     name: Annotated[RunName, doc("Name of the run and of its directory.")]
     model: Annotated[
-        Mlp | Vit | Vgg | Resnet | Target,
-        doc("What is trained. The shape of a sample and the number of classes come from the data."),
+        Mlp | Vit | Vgg | Resnet | Patchtst | Gpt2 | Target,
+        doc("What is trained. The shapes of what it takes and gives come from the data."),
     ]
     data: Annotated[Data, doc("What it is trained on.")]
     optimizer: Annotated[Optimizer, doc("How the weights move.")]
     schedule: Annotated[Constant | Cosine | Step | OneCycle, doc("The learning rate's course.")] = Constant()
-    method: Annotated[Dense | Oialr | SvdTraining, doc("Whether and how the weights become low-rank.")] = Dense()
+    method: Annotated[
+        Dense | Oialr | SvdTraining | Truncate | FixedRank | Cuttlefish,
+        doc("Whether and how the weights become low-rank."),
+    ] = Dense()
     train: Annotated[Train, doc("How long the run is, and its arithmetic.")]
     validation: Annotated[Validation, doc("When the model is evaluated.")] = Validation()
     checkpoint: Annotated[Checkpoint, doc("When the run is saved.")] = Checkpoint()

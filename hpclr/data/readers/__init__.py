@@ -30,6 +30,7 @@ READERS = {
     "cifar10": Reader("cifar:read", "folder of CIFAR-10's binary or python version"),
     "npz": Reader("npz:read", "file with x_train, y_train, x_test, y_test"),
     "csv": Reader("series:read", "time series in numeric columns; .gz and .xz too"),
+    "text": Reader("text:read", "UTF-8 text, for its next characters; .gz and .xz too"),
     "imagefolder": Reader("imagefolder:read", "folder {train,val,test}/CLASS/*.png or jpg", sized=True),
 }
 
