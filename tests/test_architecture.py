@@ -18,7 +18,14 @@ ALLOWED = {
     "models": {"torch", "transformers"},
 }
 STRANGERS = {"checkpoint", "data", "config", "parallel", "slurm"}  # these do not know one another
-H5PY_ROOMS = {"checkpoint", "data"}
+# Packages that only these rooms or files may import.
+ONLY_HERE = {
+    "h5py": {"checkpoint", "data"},
+    "matplotlib": {"report"},
+    "mpi4py": {"parallel/mpi.py"},
+    "heat": {"parallel/heat.py"},
+    "galore_torch": {"training/galore.py"},
+}
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 
 
@@ -70,8 +77,9 @@ def test_imports_run_one_way(file):
         assert origins(file) <= ALLOWED[room] | {f"hpclr.{room}"}
     if room in STRANGERS:
         assert origins(file).isdisjoint({f"hpclr.{other}" for other in STRANGERS - {room}})
-    if "h5py" in origins(file):
-        assert room in H5PY_ROOMS
+    places = {room, str(file.relative_to(PACKAGE))}
+    for package in origins(file) & ONLY_HERE.keys():
+        assert places & ONLY_HERE[package], f"{package} is for {ONLY_HERE[package]} only"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)

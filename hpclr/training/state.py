@@ -165,7 +165,7 @@ def position_of(tree: Tree) -> Position:
 
     The first checkpoints kept the best score in keys of their own, and did not know what training had cost.
     """
-    found: dict[str, Any] = dict(from_tree(tree["position"]))
+    found: dict[str, Any] = {**from_tree(tree["position"])}
     old = {name: found.pop(f"best_{name}", None) for name in ("accuracy", "loss")}
     scores = {name: value for name, value in old.items() if value is not None}
     return Position(**{"best_scores": scores, **dict.fromkeys(_COSTS), **found})

@@ -4,24 +4,19 @@ import builtins
 import csv
 import math
 import os
-import re
 import statistics
-import subprocess
-import sys
 import xml.dom.minidom
 from pathlib import Path
 
 import pytest
 from compare_helpers import cells, make_comparisons
 
-import hpclr
 from hpclr.cluster.comparison.files import Wanted
 from hpclr.cluster.comparison.numbers import digits, points, short
 from hpclr.report.comparison import FORMATS, Series, picture_of
 
 TWO = Wanted(("dense", "oialr"), 3)
 WORDS = ("--methods", "dense,oialr", "--seeds", 3)
-IMPORTED = re.compile(r"^\s*(from|import) matplotlib", re.MULTILINE)
 DENSE, LOW = (0.90, 0.94, 0.92), (0.91, 0.90, 0.92)
 
 
@@ -213,12 +208,3 @@ def test_without_matplotlib_there_is_a_table_all_the_same(comparisons, monkeypat
     done = comparisons.compare("--table", *WORDS)
     assert (done.code, "no picture: a picture needs matplotlib" in done.err) == (0, True), done.err
     assert [file.name for file in (comparisons.runs / "run.compare").iterdir()] == ["results.csv"]
-
-
-def test_matplotlib_is_known_to_one_room_and_loaded_for_pictures_only():
-    package = Path(hpclr.__file__).parent
-    knowing = {file.parent.name for file in package.rglob("*.py") if IMPORTED.search(file.read_text())}
-    assert knowing == {"report"}
-    imports = "import hpclr.cluster.comparison.picture, hpclr.cli.compare, sys"
-    program = f"{imports}; print({{'matplotlib', 'torch'}} & {{*sys.modules}})"
-    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"

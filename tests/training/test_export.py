@@ -10,7 +10,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from hpclr.checkpoint import CheckpointStore, Json, load_file
 from hpclr.checkpoint.digest import write_sidecar
 from hpclr.errors import HpclrError
 from hpclr.lowrank.interchange import dense_state_dict
+from hpclr.models import Samples
 from hpclr.training import export
 from hpclr.training.evaluation import _load_weights, load_run
 from hpclr.training.export import _Weights, _write_safetensors, _write_torch, _written_whole, export_checkpoint
@@ -33,7 +33,7 @@ from hpclr.training.stored_weights import stored_weights
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 from documents import ROOT, blocks, commands, split
 
-SAMPLES = SimpleNamespace(sample_shape=(1, 8, 8), classes=[str(digit) for digit in range(10)])
+SAMPLES = Samples("classification", (1, 8, 8), (10,))
 ALL = OIALR | {"max_aspect": 100.0, "keep_last": False, "layer_fraction": 1.0}
 ALL_SVD = SVD | {"max_aspect": 100.0, "keep_last": False}
 RUNS = {

@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,11 +16,12 @@ from hpclr.checkpoint import Json, write_tree
 from hpclr.checkpoint.digest import write_sidecar
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
+from hpclr.models import Samples
 from hpclr.training.export import export_checkpoint
 from hpclr.training.model import build_model
 from hpclr.training.weights import load_initial_weights
 
-SAMPLES = SimpleNamespace(sample_shape=(1, 8, 8), classes=list("0123456789"))
+SAMPLES = Samples("classification", (1, 8, 8), (10,))
 
 DENSE = {"name": "dense"}
 
