@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def _labels(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(word.strip() for word in value.split(","))
+    labels = None if value is None else tuple(word.strip() for word in value.split(","))
+    if labels is not None and not all(labels):
+        raise click.BadParameter(f"expected labels with commas between, found {value!r}")
+    return labels
 
 
 def _picture(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -67,6 +70,7 @@ def compare(
     """
     from hpclr.cluster.comparison.budgets import check_budgets, trials, what_follows
     from hpclr.cluster.comparison.files import Wanted, load_comparison
+    from hpclr.cluster.comparison.lengths import check_moments
     from hpclr.cluster.sweep.standing import plan
     from hpclr.training.run_directory import runs_directory
 
@@ -79,6 +83,8 @@ def compare(
     if not (how.looks_only and wants_results):
         texts = filter(None, (plan(sweep, standing, runs), what_follows(comparison, known)))
         click.echo("\n".join(texts), err=not how.looks_only)
+    if not how.looks_only:
+        check_moments([point for point in sweep.points if standing[point.name].waits])
     code = start(sweep, standing, runs, how, _those_of_equal_cost(comparison, sweep, runs))
     has_results = any(found.finished for found in standing.values())
     if wants_results or local is not None or (how.looks_only and has_results):
@@ -101,16 +107,20 @@ def _look(comparison: "Comparison", runs: Path) -> "tuple[list[Trial], Sweep, di
 
 
 def _those_of_equal_cost(comparison: "Comparison", sweep: "Sweep", runs: Path) -> "Callable[[], Sequence[Point]]":
-    """Finds, when runs have ended, others whose length is known since then; each is given once."""
+    """Finds, when runs have ended, others whose length is known since then; each is given once.
+
+    One that cannot be gone on with is none of them: `_show` refuses it when all others have ended.
+    """
     from hpclr.cluster.comparison.budgets import as_sweep, trials
-    from hpclr.cluster.sweep.standing import remember
+    from hpclr.cluster.sweep.standing import fault_of, remember
 
     given = {point.name for point in sweep.points}
 
     def new() -> "list[Point]":
         now = as_sweep(comparison, trials(comparison, runs))
-        found = [point for point in now.points if point.name not in given]
-        given.update(point.name for point in found)
+        new_ones = [point for point in now.points if point.name not in given]
+        given.update(point.name for point in new_ones)
+        found = [point for point in new_ones if fault_of(point, runs, now.kind) is None]
         if found:
             remember(now, runs)
         return found
@@ -124,13 +134,11 @@ def _show(comparison: "Comparison", runs: Path, csv: Path | None, plot: Path | N
     from hpclr.cluster.comparison.picture import drawn
     from hpclr.cluster.comparison.table import csv_of, show
     from hpclr.cluster.sweep.results import write_table
-    from hpclr.cluster.sweep.standing import directory_of
 
     known, sweep, standing = _look(comparison, runs)
     found = outcomes(comparison, known, standing, runs)
     show(comparison, found)
-    directory = directory_of(sweep, runs)
-    mine = [directory] if os.access(directory, os.W_OK) else []
+    mine = _own_places(sweep, runs)
     for file in [path / "results.csv" for path in mine] + ([csv] if csv is not None else []):
         write_table(file, csv_of(found))
     try:
@@ -140,3 +148,22 @@ def _show(comparison: "Comparison", runs: Path, csv: Path | None, plot: Path | N
         if plot is not None:
             raise
         click.echo(printable(f"no picture: {error}"), err=True)
+
+
+def _own_places(sweep: "Sweep", runs: Path) -> list[Path]:
+    """The comparison's directory, where one may write there and its results would not be replaced by fewer."""
+    from hpclr.cluster.sweep.standing import directory_of, strangers
+
+    directory = directory_of(sweep, runs)
+    if not os.access(directory, os.W_OK):
+        return []
+    missing = [name for name in strangers(sweep, runs) if (runs / name / "summary.json").exists()]
+    if missing and (directory / "results.csv").exists():
+        click.echo(
+            printable(
+                f"{directory / 'results.csv'} is left as it is, since {len(missing)} finished runs of the comparison "
+                f"are not in this table: {', '.join(missing)}"
+            ),
+            err=True,
+        )
+    return [] if missing else [directory]

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 NOTHING_STARTED = "Nothing has been started: --local N trains the runs here, N at a time; --submit as jobs of Slurm."
 
+
+def _no_dash(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Elsewhere a dash is standard output, which has the table for people."""
+    if value is not None and str(value) == "-":
+        raise click.BadParameter("expected the path of a file, such as results.csv, found '-'")
+    return value
+
+
 _AT_LEAST_ONE = click.IntRange(min=1)
 _OPTIONS = (
     click.option("--local", type=_AT_LEAST_ONE, metavar="N", help="Train the runs here, N at a time."),
@@ -26,7 +34,11 @@ _OPTIONS = (
     click.option("--dry-run", is_flag=True, help="With --submit: check everything and print the array's script only."),
     click.option("--table", is_flag=True, help="Show what has come of the runs so far."),
     click.option(
-        "--csv", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the table there."
+        "--csv",
+        type=click.Path(path_type=Path, dir_okay=False),
+        callback=_no_dash,
+        metavar="FILE",
+        help="Write the table there.",
     ),
     click.option("--runs-dir", type=click.Path(path_type=Path), help="Where runs live [HPCLR_RUNS, else ./runs]."),
 )
@@ -69,6 +81,12 @@ class How(NamedTuple):
         """
         if self.submit and self.local is not None:
             raise click.UsageError("--local trains here and --submit elsewhere; give one of them")
+        for option, given in (("--dry-run", self.dry_run), ("--at-once", self.at_once is not None)):
+            if given and not self.submit:
+                raise click.UsageError(
+                    f"{option} is of --submit, which is not given. Give both; without --submit and --local nothing is "
+                    "started anyway, and --local N says itself how many train at a time."
+                )
 
 
 def start(

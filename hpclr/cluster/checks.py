@@ -20,6 +20,7 @@ from hpclr.data.file import DatasetFile
 from hpclr.errors import UsageError
 from hpclr.slurm import client
 from hpclr.slurm.script import BatchScript
+from hpclr.training.demands import check_demands
 from hpclr.training.lock import holder
 from hpclr.training.owner import fate_of, this_process
 from hpclr.training.run_directory import RunDirectory
@@ -202,17 +203,16 @@ def look_at_data(run: RunFile) -> Finding:
         dataset = Dataset(files)
         _check_data(run, dataset)
     shape = " × ".join(map(str, dataset.sample_shape))
+    what = "training samples" if dataset.task == "classification" else "rows to train on"
+    count = f"{dataset.sizes['train']:,} {what}{shape and f', {shape}'}"
     where = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
     later = "" if dataset.trusted else "; not from `hpclr data prepare`, so each start of the job reads it all first"
-    return Finding(
-        "data", f"{where}: {dataset.sizes['train']:,} training samples, {shape}{later}", sure=dataset.trusted
-    )
+    return Finding("data", f"{where}: {count}{later}", sure=dataset.trusted)
 
 
 def _check_data(run: RunFile, dataset: Dataset) -> None:
-    size, batch = dataset.sizes["train"], run.data.batch_size
-    if dataset.task != "classification":
-        raise UsageError(f"{dataset.path}: its task is {dataset.task}; this version trains classification only")
+    check_demands(run, dataset.task)
+    size, batch = _samples(run, dataset), run.data.batch_size
     if batch > size:
         raise UsageError(f"data.batch_size is {batch}, but {dataset.path} has {size} training samples; make it smaller")
     if run.validation.patience is not None and "valid" not in dataset.sizes:
@@ -220,6 +220,20 @@ def _check_data(run: RunFile, dataset: Dataset) -> None:
             f"validation.patience asks for early stopping, but {dataset.path} has no validation split; prepare the "
             "data with --valid-fraction, or take validation.patience out"
         )
+
+
+def _samples(run: RunFile, dataset: Dataset) -> int:
+    """Training samples; of time series and text at most so many, as the windows of each file begin a stride apart."""
+    rows, context = dataset.sizes["train"], run.data.context
+    if context is None:
+        return rows
+    length = context + (run.data.horizon or 1)
+    stride = run.data.stride or (1 if run.data.horizon else context)
+    if rows < length:
+        raise UsageError(
+            f"data.context and what follows it are {length} rows, but the training split of {dataset.path} has {rows}"
+        )
+    return (rows - length) // stride + 1
 
 
 def look_at_weights(file: str) -> Finding:

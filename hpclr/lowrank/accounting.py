@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpclr.lowrank.convert import densify
-from hpclr.lowrank.layers import lowrank_modules
 from hpclr.lowrank.sites import WeightSite, select
 
 
@@ -161,16 +160,8 @@ def count_training_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor], 
     """
     twin = _meta_copy(model).eval()
     if dense:
-        _densify_trained(twin)
+        densify(twin)
     return _counted(lambda: loss(twin).backward())
-
-
-def _densify_trained(model: nn.Module) -> None:
-    """A dense weight takes the place of Σ, but is trained if anything of its factors was."""
-    for _, module in lowrank_modules(model):
-        for factors in [module.factors(slot) for slot in module.slots if module.is_lowrank(slot)]:
-            factors.sigma.requires_grad_(any(factor.requires_grad for factor in factors))
-    densify(model)
 
 
 @torch.enable_grad()

@@ -113,7 +113,8 @@ def _factorize_site(site: WeightSite, wanted: RankOfSite) -> str:
 def densify(model: nn.Module) -> nn.Module:
     """Gives every factored layer its original class and the dense weight back, in place; returns the model.
 
-    Optimiser state is not taken back: densify for evaluation and export, after training.
+    A weight is trained if any of its factors was. Optimiser state is not taken back: densify for evaluation and export,
+    after training.
     """
     for name, module in list(lowrank_modules(model)):
         for slot in [slot for slot in module.slots if module.is_lowrank(slot)]:

@@ -185,14 +185,15 @@ def install(layer: LowRankModule, slot: Slot, u: Tensor, sigma: Tensor, vh: Tens
 
 
 def uninstall(layer: LowRankModule, slot: Slot) -> None:
-    """Makes a slot dense again; its Parameter holds the product."""
+    """Makes a slot dense again; its Parameter holds the product, and is trained if any of the factors was."""
     u_name, sigma_name, vh_name = slot.names
-    trained = layer._parameters[sigma_name]
-    assert trained is not None
+    core = layer._parameters[sigma_name]
+    assert core is not None
     with torch.no_grad():
         weight = layer.dense_weight(slot).contiguous()
-    _rename(layer, {u_name: {}, sigma_name: {slot.weight: trained}, vh_name: {}})
-    replace_data(trained, weight)
+    core.requires_grad_(any(factor.requires_grad for factor in layer.factors(slot)))
+    _rename(layer, {u_name: {}, sigma_name: {slot.weight: core}, vh_name: {}})
+    replace_data(core, weight)
 
 
 def _rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> None:

@@ -68,12 +68,18 @@ class Kept(Change):
         return state.index_select(self.dim, self.kept.to(state.device))
 
 
-def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer) -> list[Change]:
+def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer, *, carry_to_middle: bool = True) -> list[Change]:
     """W becomes U diag(s) Vᵀ, all three trained: factors, gradients, and their places and state in the optimiser.
 
     U and Vᵀ join the parameter group of W, beside s, which is the Parameter that W was. State in a weight's own unit
     cannot be shared out between factors; where there is any, that of U and Vᵀ starts anew, as for every new parameter.
     Returns what has become of W.
+
+    Args:
+        site: a dense weight of a kind with trained factors.
+        basis: U, s and Vᵀ of as many directions as are wanted.
+        optimizer: holds the weight.
+        carry_to_middle: give s its gradient and state; not wanted where the caller takes it out of the optimiser.
     """
     weight, shape, gradient = site.parameter, site.parameter.shape, site.parameter.grad
     state = _copied(optimizer.state.get(weight, {}))
@@ -88,7 +94,7 @@ def split_weight(site: WeightSite, basis: SVD, optimizer: Optimizer) -> list[Cha
             (s, "mn,mr,rn->r", (basis.u, basis.vh)),
         )
     ]
-    for change in changes:
+    for change in changes if carry_to_middle else changes[:2]:
         if change.parameter is not s and state and not state.keys() & _OF_THE_WEIGHT:
             optimizer.state[change.parameter] = _copied(state)
         carry(optimizer, change, shape, gradient)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from hpclr.lowrank.factors import SVD
 from hpclr.lowrank.moments import Change
 from hpclr.lowrank.sites import WeightSite, select
+from hpclr.lowrank.svd_layers import CHANNEL
 from hpclr.lowrank.three_factors import join, split_weight
 
 
@@ -28,7 +29,7 @@ def split_in_two(site: WeightSite, basis: SVD, optimizer: Optimizer) -> list[Cha
         basis: U, s and Vᵀ of as many directions as are wanted.
         optimizer: holds the weight.
     """
-    changes = split_weight(site, balanced(basis), optimizer)
+    changes = split_weight(site, balanced(basis), optimizer, carry_to_middle=False)
     _retire_middle(site, optimizer)
     return changes
 
@@ -68,19 +69,17 @@ def merge(site: WeightSite, optimizer: Optimizer) -> None:
     for factor in (u, vh):
         optimizer.state.pop(factor, None)
     site.densify()
-    weight.requires_grad_(True)
 
 
-def freeze_ones(model: nn.Module) -> None:
+def freeze_middles(model: nn.Module) -> None:
     """Freezes what stands between two factors in a model that was loaded from a state dict, which does not tell."""
-    for site in select(model).eligible:
-        if site.is_lowrank and site.parameter.ndim == 1 and bool((site.parameter == 1).all()):
+    for site in select(model, kinds=CHANNEL).eligible:
+        if site.is_lowrank:
             site.parameter.requires_grad_(False)
 
 
 def _retire_middle(site: WeightSite, optimizer: Optimizer) -> None:
     s = site.parameter.requires_grad_(False)
-    s.grad = None
     optimizer.state.pop(s, None)
     for group in optimizer.param_groups:
         group["params"][:] = [p for p in group["params"] if p is not s]

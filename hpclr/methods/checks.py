@@ -1,6 +1,6 @@
 """What is refused before training starts, with the value found and the values allowed."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hpclr.lowrank import WeightSite
 from hpclr.methods.placement import Placement
+from hpclr.methods.schedule import is_number
 
 
 def check_settings(
@@ -23,15 +24,14 @@ def check_settings(
     sigma_lr: float,
 ) -> None:
     """Raises ValueError for the first of OIALR's settings that is out of range."""
-    _require(every > 0, "every", every, "a number above 0")
-    _require(0 < layer_fraction <= 1, "layer_fraction", layer_fraction, "a number in (0, 1]")
-    _require(0 <= max_cut <= 1, "max_cut", max_cut, "a number in [0, 1]")
-    _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
-    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
-    _require(freeze in ("schedule", "stable"), "freeze", freeze, "'schedule' or 'stable'")
-    _require(0 < stability_threshold <= 1, "stability_threshold", stability_threshold, "a number in (0, 1]")
-    _require(convert in ("at_delay", "when_it_pays"), "convert", convert, "'at_delay' or 'when_it_pays'")
-    _require(0 < sigma_lr < inf, "sigma_lr", sigma_lr, "a finite number above 0")
+    _number("every", every, lambda x: x > 0, "a number above 0")
+    _number("layer_fraction", layer_fraction, lambda x: 0 < x <= 1, "a number in (0, 1]")
+    _number("max_cut", max_cut, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+    check_layer_settings(min_rank, max_aspect)
+    _one_of("freeze", freeze, ("schedule", "stable"))
+    _number("stability_threshold", stability_threshold, lambda x: 0 < x <= 1, "a number in (0, 1]")
+    _one_of("convert", convert, ("at_delay", "when_it_pays"))
+    _number("sigma_lr", sigma_lr, lambda x: 0 < x < inf, "a finite number above 0")
 
 
 def check_svd_settings(
@@ -45,54 +45,78 @@ def check_svd_settings(
     max_aspect: float,
 ) -> None:
     """Raises ValueError for the first of SVD training's settings that is out of range."""
-    _require(decomposition in ("channel", "spatial"), "decomposition", decomposition, "'channel' or 'spatial'")
-    _require(
-        regularizer in ("hoyer", "hoyer_square", "l1", "none"),
-        "regularizer",
-        regularizer,
-        "'hoyer', 'hoyer_square', 'l1' or 'none'",
-    )
-    _require(init in ("svd", "random"), "init", init, "'svd' or 'random'")
-    _require(0 <= orthogonality < inf, "orthogonality", orthogonality, "a finite number of 0 or more")
-    _require(0 <= sparsity < inf, "sparsity", sparsity, "a finite number of 0 or more")
-    _require(0 <= energy < 1, "energy", energy, "a number of 0 or more and below 1")
-    _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
-    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+    _one_of("decomposition", decomposition, ("channel", "spatial"))
+    _one_of("regularizer", regularizer, ("hoyer", "hoyer_square", "l1", "none"))
+    _one_of("init", init, ("svd", "random"))
+    _finite("orthogonality", orthogonality)
+    _finite("sparsity", sparsity)
+    _number("energy", energy, lambda x: 0 <= x < 1, "a number of 0 or more and below 1")
+    check_layer_settings(min_rank, max_aspect)
 
 
 def check_layer_settings(min_rank: float, max_aspect: float) -> None:
     """Raises ValueError for the first of the settings of ranks and shapes that is out of range."""
-    _require(0 <= min_rank <= 1, "min_rank", min_rank, "a number in [0, 1]")
-    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+    _number("min_rank", min_rank, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+    _check_max_aspect(max_aspect)
 
 
 def check_fixed_rank_settings(rank: float, init: str, frobenius_decay: float | None, max_aspect: float) -> None:
     """Raises ValueError for the first of fixed rank's settings that is out of range."""
-    _require(0 < rank <= 1, "rank", rank, "a share of the smaller side in (0, 1]")
-    _require(init in ("spectral", "random"), "init", init, "'spectral' or 'random'")
+    check_share(rank)
+    _one_of("init", init, ("spectral", "random"))
     _check_frobenius_decay(frobenius_decay)
-    _require(max_aspect > 1, "max_aspect", max_aspect, "a number above 1")
+    _check_max_aspect(max_aspect)
 
 
 def check_cuttlefish_settings(
     every: float, window: int, flatness: float, frobenius_decay: float | None, min_rank: float, max_aspect: float
 ) -> None:
     """Raises ValueError for the first of Cuttlefish's settings that is out of range."""
-    _require(every > 0, "every", every, "a number above 0")
-    _require(window >= 1 and window % 1 == 0, "window", window, "a whole number of measurements, 1 or more")
-    _require(0 <= flatness < inf, "flatness", flatness, "a finite number of 0 or more")
+    _number("every", every, lambda x: x > 0, "a number above 0")
+    _number("window", window, lambda x: x >= 1 and x % 1 == 0, "a whole number of measurements, 1 or more")
+    _finite("flatness", flatness)
     _check_frobenius_decay(frobenius_decay)
     check_layer_settings(min_rank, max_aspect)
 
 
+def check_measurements(window: int, every: int, delay: int) -> None:
+    """Raises ValueError if Cuttlefish, which measures every so many steps, could not find a layer flat by `delay`."""
+    if window * every > delay:
+        raise ValueError(
+            f"window·every is {window}·{every} = {window * every} steps, but delay {delay}: only {delay // every} of "
+            f"the {window} measurements that it takes to find a layer flat fit before it, so that all would wait for "
+            f"the delay; lower window or every, or raise delay to {window * every} steps or more"
+        )
+
+
+def check_share(rank: Any, otherwise: str = "") -> float:
+    """A rank that is a share of min(m, n); raises ValueError if it is not, and says what `otherwise` it might be."""
+    _number("rank", rank, lambda x: 0 < x <= 1, f"a share of the smaller side in (0, 1]{otherwise}")
+    return float(rank)
+
+
 def _check_frobenius_decay(decay: float | None) -> None:
-    holds = decay is None or 0 <= decay < inf
-    _require(holds, "frobenius_decay", decay, "a finite number of 0 or more, or None")
+    if decay is not None:
+        _number("frobenius_decay", decay, lambda x: 0 <= x < inf, "a finite number of 0 or more, or None")
 
 
-def _require(holds: bool, name: str, found: object, allowed: str) -> None:
-    if not holds:
+def _check_max_aspect(max_aspect: float) -> None:
+    _number("max_aspect", max_aspect, lambda x: x > 1, "a number above 1")
+
+
+def _finite(name: str, found: object) -> None:
+    _number(name, found, lambda x: 0 <= x < inf, "a finite number of 0 or more")
+
+
+def _number(name: str, found: Any, holds: Callable[[float], bool], allowed: str) -> None:
+    if not is_number(found) or not holds(found):
         raise ValueError(f"{name} must be {allowed}, found {found!r}")
+
+
+def _one_of(name: str, found: object, allowed: Sequence[str]) -> None:
+    if found not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, found {found!r}")
 
 
 def placement_of(model: nn.Module) -> Placement | None:
@@ -142,3 +166,13 @@ def check_saved(ranks: Mapping[str, int], largest: Mapping[str, int]) -> None:
     differing = sorted(n for n in ranks.keys() | largest.keys() if ranks.get(n, inf) > largest.get(n, 0))[:3]
     if differing:
         raise ValueError(f"the saved state is of another model or other settings: layers {', '.join(differing)} differ")
+
+
+def check_saved_by(method: str, state: Mapping[str, Any], keys: Collection[str]) -> None:
+    """Raises ValueError if a saved state is another method's; one that does not say whose it is must have the keys."""
+    found = state.get("method", method if state.keys() >= set(keys) - {"method"} else None)
+    if found != method:
+        whose = f"is of {found}, not" if found else "is not"
+        raise ValueError(
+            f"the saved state {whose} of {method}; load it into the method that it was saved by, with the same settings"
+        )

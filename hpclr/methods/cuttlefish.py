@@ -27,7 +27,7 @@ from hpclr.lowrank.factors import SVD, FactorizationError, stable_rank
 from hpclr.lowrank.ranks import StableRank
 from hpclr.lowrank.sites import WeightSite
 from hpclr.lowrank.two_factors import saves
-from hpclr.methods.checks import check_cuttlefish_settings
+from hpclr.methods.checks import check_cuttlefish_settings, check_measurements
 from hpclr.methods.factoring import operations, refuse_failed
 from hpclr.methods.placement import Outcome, Placement
 from hpclr.methods.schedule import in_steps
@@ -50,7 +50,8 @@ class Cuttlefish(TwoFactors):
         optimizer: holds the model's parameters; A and B take the place of their weight in it, and its state.
         every: optimiser steps between measurements of the stable ranks (the authors': an epoch), or (below 1) a
             fraction of the run.
-        delay: the step after which layers are factored at the latest, or a fraction of the run.
+        delay: the step after which layers are factored at the latest, or a fraction of the run; `window` measurements
+            must fit before it.
         window: w, over how many measurements stable ranks are smoothed and slopes averaged.
         flatness: the mean slope, in stable rank per measurement, at which a layer counts as flat.
         frobenius_decay: λ of the penalty λ/2 Σ ‖A B‖²_F, which takes the place of the optimiser's weight decay of A and
@@ -76,6 +77,8 @@ class Cuttlefish(TwoFactors):
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
 
+    name = "cuttlefish"
+
     def __init__(
         self,
         model: nn.Module,
@@ -97,7 +100,8 @@ class Cuttlefish(TwoFactors):
     ) -> None:
         check_cuttlefish_settings(every, window, flatness, frobenius_decay, min_rank, max_aspect)
         self.delay = in_steps("delay", delay, total_steps)
-        self._every, self._window, self._flatness = in_steps("every", every, total_steps), window, flatness
+        self._every, self._window, self._flatness = in_steps("every", every, total_steps), int(window), flatness
+        check_measurements(self._window, self._every, self.delay)
         self._min_rank = min_rank
         super().__init__(
             model,
@@ -170,7 +174,8 @@ class Cuttlefish(TwoFactors):
         Load this first, then the model's state dict, then the optimiser's.
 
         Raises:
-            ValueError: if the state belongs to another model; names the first layers that differ or are too small.
+            ValueError: if the state belongs to another method or model; names the first layers that differ or are too
+                small.
         """
         super().load_state_dict(state)
         # a run made longer has its measurements elsewhere, if they are fractions of it

@@ -57,6 +57,8 @@ class FixedRank(TwoFactors):
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
 
+    name = "fixed_rank"
+
     def __init__(
         self,
         model: nn.Module,

@@ -27,7 +27,7 @@ from hpclr.lowrank.moments import carry, check_optimizer
 from hpclr.lowrank.product import pays
 from hpclr.lowrank.ranks import noise_estimated_by, with_noise
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_layers, check_model, check_saved, check_settings, placement_of
+from hpclr.methods.checks import check_layers, check_model, check_saved, check_saved_by, check_settings, placement_of
 from hpclr.methods.placement import Here, Outcome, Placement
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.methods.stability import StabilityTracker
@@ -283,8 +283,10 @@ class OIALR(Method):
         Load this first, then the model's state dict, then the optimiser's.
 
         Raises:
-            ValueError: if the state belongs to another model; names the first layers that differ or are too small.
+            ValueError: if the state belongs to another method or model; names the first layers that differ or are too
+                small.
         """
+        check_saved_by("oialr", state, ("watched",))
         check_saved(state["watched"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
             if name in state["ranks"]:

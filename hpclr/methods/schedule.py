@@ -3,6 +3,12 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
+from numbers import Real
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def exact(number: float) -> Fraction:
@@ -14,10 +20,10 @@ def in_steps(name: str, value: float, total_steps: int | None) -> int:
     """A number of steps, given as such or (below 1) as a fraction of the run.
 
     Raises:
-        ValueError: if it is negative, not whole, or a fraction of a run of unknown length.
+        ValueError: if it is no number, negative, not whole, or a fraction of a run of unknown length.
     """
-    if not value >= 0 or (value >= 1 and value % 1 != 0):
-        raise ValueError(f"{name} must be a whole number of steps or a fraction of the run below 1, found {value}")
+    if not is_number(value) or not value >= 0 or (value >= 1 and value % 1 != 0):
+        raise ValueError(f"{name} must be a whole number of steps or a fraction of the run below 1, found {value!r}")
     if value >= 1 or value == 0:
         return int(value)
     if total_steps is None:

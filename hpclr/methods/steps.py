@@ -67,7 +67,8 @@ class WithoutDecay:
 
     For the time of a step they have a parameter group of their own, with the settings of the one they come from but
     for that. At all other times the groups are as they were, so that learning-rate schedulers, which refuse groups that
-    were not there when they were made, find theirs, and what they set holds for all.
+    were not there when they were made, find theirs, and what they set holds for all. A step that raises an error leaves
+    them parted until the next one, or until the optimiser's state is saved or loaded.
 
     Args:
         optimizer: the optimiser.
@@ -77,8 +78,12 @@ class WithoutDecay:
     def __init__(self, optimizer: Optimizer, spared: Callable[[], Sequence[nn.Parameter]]) -> None:
         self._spared = spared
         self._parted: list[tuple[dict[str, Any], list[nn.Parameter], dict[str, Any]]] = []
-        optimizer.register_step_pre_hook(self._part)
-        handle = optimizer.register_step_post_hook(self._join)
+        # not traced: a compiled step would see the new group without its settings
+        part, join = torch.compiler.disable(self._part), torch.compiler.disable(self._join)
+        optimizer.register_step_pre_hook(part)
+        handle = optimizer.register_step_post_hook(join)
+        optimizer.register_state_dict_pre_hook(join)
+        optimizer.register_load_state_dict_pre_hook(join)
         # of several, the last to part is the first to join
         cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks).move_to_end(handle.id, last=False)
 

@@ -31,7 +31,14 @@ from hpclr.lowrank.sites import WeightSite, select
 from hpclr.lowrank.svd_layers import CHANNEL, SPATIAL
 from hpclr.lowrank.three_factors import join, keep_directions, split_weight
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_layers, check_model, check_saved, check_svd_settings, placement_of
+from hpclr.methods.checks import (
+    check_layers,
+    check_model,
+    check_saved,
+    check_saved_by,
+    check_svd_settings,
+    placement_of,
+)
 from hpclr.methods.factoring import refuse_failed, share_factors
 from hpclr.methods.placement import Here, Placement
 from hpclr.methods.random_start import random_factors
@@ -85,6 +92,8 @@ class SVDTraining(Method):
             that are not finite, an optimiser that does not hold the model's parameters.
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
+
+    name = "svd_training"
 
     def __init__(
         self,
@@ -207,8 +216,14 @@ class SVDTraining(Method):
         self._placement.confirm(self.ranks, self._model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, ranks, and whether the pruning is done."""
-        return {"steps": self.steps, "pruned": self._pruned, "failures": self.failures, "ranks": self.ranks}
+        """Whose state it is, steps, ranks, and whether the pruning is done."""
+        return {
+            "method": self.name,
+            "steps": self.steps,
+            "pruned": self._pruned,
+            "failures": self.failures,
+            "ranks": self.ranks,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes a state back and gives the layers the ranks they had.
@@ -216,8 +231,10 @@ class SVDTraining(Method):
         Load this first, then the model's state dict, then the optimiser's.
 
         Raises:
-            ValueError: if the state belongs to another model; names the first layers that differ or are too small.
+            ValueError: if the state belongs to another method or model; names the first layers that differ or are too
+                small.
         """
+        check_saved_by(self.name, state, self.state_dict())
         check_saved(state["ranks"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
             site.set_rank(int(state["ranks"][name]))

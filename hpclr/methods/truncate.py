@@ -58,6 +58,8 @@ class Truncate(TwoFactors):
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
 
+    name = "truncate"
+
     def __init__(
         self,
         model: nn.Module,

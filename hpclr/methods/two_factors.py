@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from hpclr.lowrank.sites import WeightSite, select
 from hpclr.lowrank.svd_layers import CHANNEL
 from hpclr.lowrank.two_factors import give_rank, merge, split_in_two
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_dense, check_layers, check_model, check_saved, placement_of
+from hpclr.methods.checks import (
+    check_dense,
+    check_layers,
+    check_model,
+    check_saved,
+    check_saved_by,
+    check_share,
+    placement_of,
+)
 from hpclr.methods.factoring import refuse_failed, share_factors
 from hpclr.methods.placement import Here, Placement
 from hpclr.methods.regularizers import squared_norm
@@ -38,8 +46,11 @@ class TwoFactors(Method):
         of_layers: which layers, as `hpclr.lowrank.select` takes it.
 
     Attributes:
+        name: the method's name in run files and in saved states.
         failures: how many layers could not be decomposed; they stay dense.
     """
+
+    name: ClassVar[str]
 
     def __init__(
         self,
@@ -142,8 +153,9 @@ class TwoFactors(Method):
         return [factor for site in self._products() for factor in (site.factors.u, site.factors.vh)]  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, ranks, and whether and how the layers have been converted."""
+        """Whose state it is, steps, ranks, and whether and how the layers have been converted."""
         return {
+            "method": self.name,
             "steps": self.steps,
             "converted": self._converted,
             "failures": self.failures,
@@ -158,8 +170,10 @@ class TwoFactors(Method):
         Load this first, then the model's state dict, then the optimiser's.
 
         Raises:
-            ValueError: if the state belongs to another model; names the first layers that differ or are too small.
+            ValueError: if the state belongs to another method or model; names the first layers that differ or are too
+                small.
         """
+        check_saved_by(self.name, state, self.state_dict())
         check_saved(state["layers"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
             if name in state["ranks"]:
@@ -177,11 +191,9 @@ def share_or_rule(rank: float | Mapping[str, Any] | RankRule) -> RankRule:
     Raises:
         ValueError: if it is neither a share above 0 and at most 1 nor a rank rule.
     """
-    if not isinstance(rank, (int, float)):
+    if isinstance(rank, Mapping) or (callable(rank) and not isinstance(rank, type)):
         return rank_rule(rank)
-    if not 0 < rank <= 1:
-        raise ValueError(f"rank must be a share of the smaller side in (0, 1] or a rank rule, found {rank!r}")
-    return ShareOfSide(rank)
+    return ShareOfSide(check_share(rank, " or a rank rule"))
 
 
 @dataclass(frozen=True)

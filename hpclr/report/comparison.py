@@ -11,7 +11,6 @@ from hpclr.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 FORMATS = ("svg", "png", "pdf")
 
@@ -36,6 +35,8 @@ _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"CreationDate": None, "ModDate": None},
 }
 _SIZE = (11.0, 3.8)  # inches
+_NARROWEST = 0.1  # of an axis of costs, as a share of what is in its middle: less would make much of little
+_MARKER = 6  # points, its size
 _BESIDE, _ABOVE = 5, 4  # points from the middle of a marker to its label
 
 
@@ -115,6 +116,7 @@ def _look(number: int) -> dict[str, Any]:
 
 def _points(panel: "Axes", series: Sequence[Series], costs: Callable[[Series], Sequence[float]]) -> None:
     """Means with what they vary by in both directions, labels beside them."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     shown = [(number, one) for number, one in enumerate(series) if costs(one) and one.scores]
@@ -122,17 +124,27 @@ def _points(panel: "Axes", series: Sequence[Series], costs: Callable[[Series], S
     for number, one in shown:
         x, y = middles[one.label], fmean(one.scores)
         vary = [_spread(values) for values in (costs(one), one.scores)]
-        panel.errorbar(x, y, xerr=vary[0], yerr=vary[1], **_look(number), markersize=6, capsize=2.5, linewidth=1)
+        panel.errorbar(x, y, xerr=vary[0], yerr=vary[1], **_look(number), markersize=_MARKER, capsize=2.5, linewidth=1)
         inwards = -1 if x > (min(middles.values()) + max(middles.values())) / 2 else 1
         panel.annotate(
             one.label, (x, y), (inwards * _BESIDE, _ABOVE), textcoords="offset points", parse_math=False,
             ha="left" if inwards > 0 else "right", fontsize=9, color=_look(number)["color"],
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],  # readable on others' error bars
         )  # fmt: skip
     panel.margins(x=0.2, y=0.2)
+    _widen(panel)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_major_locator(MaxNLocator(4))
     if not shown:
         _say_nothing(panel)
+
+
+def _widen(panel: "Axes") -> None:
+    """Gives the axis of costs its least width."""
+    low, high = panel.get_xlim()
+    middle = (low + high) / 2
+    if high - low < _NARROWEST * middle:
+        panel.set_xlim(middle * (1 - _NARROWEST / 2), middle * (1 + _NARROWEST / 2))
 
 
 def _curves(panel: "Axes", series: Sequence[Series]) -> None:
@@ -169,11 +181,13 @@ def _say_nothing(panel: "Axes") -> None:
 
 
 def _spread_out(panel: "Axes", dots: float) -> None:
-    """Moves labels up that would lie on another; `dots` make a point."""
+    """Moves labels up that would lie on another or on a marker; `dots` make a point."""
     from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
-    placed: list[Bbox] = []
     labels = [text for text in panel.texts if isinstance(text, Annotation)]
+    middles = [panel.transData.transform(text.xy) for text in labels]
+    placed = [Bbox([middle - _MARKER / 2 * dots, middle + _MARKER / 2 * dots]) for middle in middles]
     for text in sorted(labels, key=lambda text: text.get_window_extent().y0):
         box = text.get_window_extent()
         up = 0.0

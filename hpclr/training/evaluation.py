@@ -14,11 +14,11 @@ from hpclr.checkpoint.digest import read_sidecar, sidecar_of
 from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.describe import show
-from hpclr.config.schema import Target
+from hpclr.config.schema import Cuttlefish, FixedRank, Target, Truncate
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
-from hpclr.lowrank.two_factors import freeze_ones
+from hpclr.lowrank.two_factors import freeze_middles
 from hpclr.training.assembly import data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
 from hpclr.training.model import build_model, check_outputs
@@ -198,7 +198,8 @@ def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:
     except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
         raise UsageError(f"the weights in {loaded.path} do not fit the model that it names: {error}") from error
     if run.train.ema is not None:
-        freeze_ones(model)  # which have no averages
+        if isinstance(run.method, (Truncate, FixedRank, Cuttlefish)):
+            freeze_middles(model)  # which have no averages
         ema = EMA(model, run.train.ema)
         ema.load_state_dict(from_tree(tree["ema"]))
         with torch.no_grad():

@@ -14,7 +14,7 @@ from hpclr.training.state import Position
 
 
 def summary_of(parts: Assembly, position: Position, test: Score, cost: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of `summary.json`: scores, sizes, operations, time, what training has cost, and ranks.
+    """The contents of `summary.json`: which data, scores, sizes, operations, time, what training has cost, and ranks.
 
     Args:
         parts: as they are at the end of the run.
@@ -28,6 +28,7 @@ def summary_of(parts: Assembly, position: Position, test: Score, cost: Mapping[s
         "name": parts.run.name,
         "method": parts.run.method.name,
         "task": parts.task.name,
+        "data": {"digest": parts.dataset.digest},
         "steps": position.step,
         "seconds": round(position.seconds, 2),
         "test": {**test.values, "samples": test.samples},

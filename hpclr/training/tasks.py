@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpclr.config import RunFile
-from hpclr.config.describe import show
 from hpclr.config.schema import Data
 from hpclr.data import Batch, BatchLoader
-from hpclr.errors import UsageError
 from hpclr.models import Samples
 from hpclr.parallel.group import Group
+from hpclr.training.demands import check_demands
 from hpclr.training.precision import Precision
-from hpclr.training.scores import Score, judged_by
+from hpclr.training.scores import Score
 
 
 class Facts(Protocol):
@@ -40,18 +39,10 @@ class Task(ABC):
 
     Attributes:
         name: as datasets call it.
-        data: what they hold, in words.
-        metrics: what scores hold besides the loss.
-        needs: the keys of `data` that this task cannot do without.
-        refuses: keys of the run file that mean nothing here.
         outputs: what a model gives for a sample, in words, with a place for each of its sizes.
     """
 
     name: ClassVar[str]
-    data: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]]
-    needs: ClassVar[tuple[str, ...]] = ()
-    refuses: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[str]
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -116,9 +107,6 @@ class Classification(Task):
     """Cross-entropy over classes, with label smoothing and mixup; outputs are (N, classes)."""
 
     name = "classification"
-    data = "samples with labels"
-    metrics = ("accuracy",)
-    refuses = ("data.context", "data.horizon", "data.stride")
     outputs = "one number for each of the {} classes of the data"
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -147,10 +135,6 @@ class Forecasting(Task):
     """Squared error of the rows that follow a window, over all columns, standardised; outputs (N, horizon, columns)."""
 
     name = "forecasting"
-    data = "a time series"
-    metrics = ("mse", "mae")
-    needs = ("context", "horizon")
-    refuses = ("train.label_smoothing",)
     outputs = "one number for each of the {} rows to predict (data.horizon) and the {} columns"
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -176,10 +160,6 @@ class NextToken(Task):
     """Cross-entropy of the token after each one of a window, in nats; outputs are (N, context, vocabulary)."""
 
     name = "language"
-    data = "text"
-    metrics = ("perplexity", "accuracy")
-    needs = ("context",)
-    refuses = ("data.horizon",)
     outputs = "one number for each of the {} tokens that it sees (data.context) and the {} of the vocabulary"
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -211,22 +191,8 @@ def task_of(run: RunFile, facts: Facts) -> Task:
     Raises:
         UsageError: if the run file lacks what it needs, or has keys for other tasks.
     """
-    task = TASKS[facts.task](run.train.label_smoothing)
-    holds = f"{show(run.data.path)} holds {task.data} (its task is {task.name})"
-    for key in task.needs:
-        if getattr(run.data, key) is None:
-            raise UsageError(f"data.{key} is missing: {holds}, so a run needs data.{' and data.'.join(task.needs)}")
-    for name in task.refuses:
-        section, key = name.split(".")
-        value = getattr(getattr(run, section), key)
-        if value:
-            raise UsageError(f"{name} is {show(value)}, but {holds}, for which that means nothing; take it out")
-    if judged_by(run) not in ("loss", *task.metrics):
-        raise UsageError(
-            f"validation.metric is {judged_by(run)}, but {holds}, of which the metrics are loss and "
-            f"{' and '.join(task.metrics)}; choose one of them, or auto"
-        )
-    return task
+    check_demands(run, facts.task)
+    return TASKS[facts.task](run.train.label_smoothing)
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from compare_helpers import SHORT, cells, make_comparisons
 from training_helpers import summary
 
 from hpclr.cluster.comparison.budgets import as_sweep, check_budgets, trials, what_follows
-from hpclr.cluster.comparison.files import Wanted
+from hpclr.cluster.comparison.files import Wanted, with_budget
 from hpclr.cluster.record import submitted
 from hpclr.config import load_run_file
+from hpclr.data import open_dataset
 from hpclr.errors import UsageError
 from hpclr.slurm import client
 
@@ -52,6 +53,8 @@ def test_a_comparison_is_trained_once_and_shown(comparisons):
     assert rows.keys() == RUNS
     for name, row in rows.items():
         assert float(row["test_accuracy"]) == summary(comparisons.runs / name)["test"]["accuracy"]
+        with open_dataset("digits.h5") as dataset:
+            assert summary(comparisons.runs / name)["data"] == {"digest": dataset.digest}
     picture = (kept / "results.svg").read_bytes()
     assert picture.startswith(b"<?xml")
     assert cells(done.out)["finished runs"] == ["2 of 2", "2 of 2"]
@@ -66,7 +69,37 @@ def test_a_run_of_another_run_file_is_refused(comparisons):
     comparisons.invent(comparisons.found(Wanted(("dense",))).entries["dense"][0])
     done = comparisons.compare(*WORDS, "--local", 1, "model.hidden=[8]")
     assert (done.code, "holds a run of another run file" in done.err) == (2, True)
-    assert "give the comparison another name, with `name:` in its file" in done.err
+    assert "give the comparison another name, with name=…" in done.err
+
+
+@pytest.mark.parametrize("equal", ["steps", "time"])
+def test_a_run_of_another_length_is_refused(comparisons, equal):
+    """Training on is another schedule than training as long from the first step."""
+    words = ("--methods", "dense,oialr", "--seeds", 1, "--equal", equal)
+    dense, low = comparisons.found(Wanted(("dense", "oialr"), 1)).entries.values()
+    comparisons.invent(dense[0], seconds=10.0, test={"accuracy": 0.5})
+    if equal == "steps":
+        done = comparisons.compare(*words, "train.steps=26")
+        assert "run-dense-seed-0 holds a run of another run file" in done.err
+        assert "What differs: train.steps: 13 in the run, 26 now" in done.err
+    else:
+        comparisons.invent(low[0], seconds=5.0, test={"accuracy": 0.5})
+        comparisons.invent(with_budget(low[0], "run", "time", 20), test={"accuracy": 0.5})
+        done = comparisons.compare(*words)
+        assert "run-oialr-time-seed-0 holds a run of another run file" in done.err
+        assert "train.steps: 20 in the run, 26 now" in done.err
+    assert (done.code, "name=…" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("length", [{"steps": 10}, {"epochs": 1}])
+def test_methods_that_begin_too_late_are_found_before_any_trains(comparisons, length):
+    methods = {"dense": {}, "late": {"name": "truncate", "at": 1000}, "cuttlefish": {}}
+    done = comparisons.compare("--local", 1, base={"train": length}, methods=methods, seeds=1)
+    steps = length.get("steps") or -(-open_dataset("digits.h5").sizes["train"] // 64)
+    assert done.code == 2
+    assert f"compare-late-seed-0: method.at is 1000 but the run has {steps} steps" in done.err
+    assert "compare-cuttlefish-seed-0: method: window" in done.err
+    assert not comparisons.runs.exists()
 
 
 def test_one_that_fails_does_not_hold_up_the_others(comparisons):
@@ -162,6 +195,18 @@ def test_costs_that_nobody_has_noted_are_said_to_be_missing(comparisons):
     done = comparisons.compare("--table", base={"train": {"steps": 100}}, methods=methods, seeds=1, equal="time")
     assert (done.code, "Compare by equal steps, or by flops" in done.err) == (2, True)
     assert cells(done.out)["finished runs"] == ["1 of 1", "0 of 1"]
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ("--at-once", 2), ("--local", 1, "--dry-run")])
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_options_of_jobs_without_jobs_are_refused(comparisons, command, words):
+    if command == "compare":
+        done = comparisons.compare("--methods", "dense", "--seeds", 1, *words)
+    else:
+        done = comparisons.sweep(*words, grid={"train.seed": [0]})
+    option = "--at-once" if "--at-once" in words else "--dry-run"
+    assert (done.code, f"{option} is of --submit" in done.err) == (2, True)
+    assert not comparisons.runs.exists()
 
 
 def test_without_slurm_a_dry_run_shows_one_array(comparisons):

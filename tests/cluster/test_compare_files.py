@@ -11,7 +11,7 @@ from training_helpers import OIALR
 
 from hpclr.cluster.comparison.files import Wanted, load_comparison
 from hpclr.cluster.comparison.starts import _STARTING_POINTS, method_names
-from hpclr.config.schema import Dense, Oialr, SvdTraining
+from hpclr.config.schema import Cuttlefish, Dense, Oialr, SvdTraining
 from hpclr.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +112,11 @@ def test_dense_is_what_others_are_compared_with(comparisons):
         ("run: run.yaml\nmethods:\n  oialr: {cutof: 1}", "line 3: method.cutof is not a key of method with name: oi"),
         ("run: run.yaml\nmethods:\n  oialr:\n    cutoff: 2", "line 4: method.cutoff must be"),
         ("run: run.yaml\nmethods:\n  dense: {set: {train.seed: 1}}", "train.seed cannot be set here"),
+        ("run: run.yaml\nmethods:\n  dense: {set: {train.steps: 20}}", "line 3: train.steps cannot be set here: all"),
+        ("run: run.yaml\nmethods:\n  dense: {set: {train: {epochs: 2}}}", "line 3: train.epochs cannot be set here"),
+        ("run: run.yaml\nmethods:\n  dense: {set: {data.batch_size: 2}}", "line 3: data.batch_size cannot be set here"),
+        ("run: run.yaml\nmethods:\n  dense: {set: {data.path: b.h5}}", "are compared on the same data"),
+        ("run: run.yaml\nmethods:\n  dense: {set: {data: {path: b.h5}}}", "line 3: data.path cannot be set here"),
         ("run: run.yaml\nmethods:\n  dense: {set: {name: x}}", "line 3: name cannot be varied"),
         ("run: run.yaml\nmethods:\n  dense: {set: {optimizer.lr: -1}}", "line 3: optimizer.lr must be a number > 0"),
         ("run: run.yaml\nseeds: 0\nmethods: {dense: {}}", "line 2: seeds must be a whole number >= 1"),
@@ -149,6 +154,12 @@ def test_hostile_labels_are_refused_or_make_names_of_runs(tmp_path_factory, labe
         (point,) = found.entries[label]
         assert point.name == f"compare-{label}-seed-0"
         assert set(label) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def test_cuttlefish_can_measure_often_enough_before_it_must_switch():
+    start = _STARTING_POINTS["cuttlefish"]
+    window = Cuttlefish(every=start["every"], delay=start["delay"]).window
+    assert start["delay"] / start["every"] > window
 
 
 def test_the_page_says_what_methods_begin_with():

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from compare_helpers import cells, make_comparisons
 
+from hpclr.cluster.comparison.budgets import as_sweep, trials
 from hpclr.cluster.comparison.files import Wanted
 from hpclr.cluster.comparison.numbers import digits, points, short
-from hpclr.report.comparison import FORMATS, Series, picture_of
+from hpclr.cluster.sweep.standing import remember
+from hpclr.report.comparison import FORMATS, Series, _drawn, picture_of
 
 TWO = Wanted(("dense", "oialr"), 3)
 WORDS = ("--methods", "dense,oialr", "--seeds", 3)
@@ -189,6 +191,65 @@ def test_pictures_are_written_where_they_are_asked_for(comparisons):
     assert comparisons.compare("--plot", "results.gif", *WORDS).code == 2
     done = comparisons.compare("--plot", "nowhere/results.svg", *WORDS)
     assert (done.code, "cannot write nowhere/results.svg" in done.err) == (2, True)
+
+
+def test_looking_at_less_leaves_the_results_of_all(comparisons):
+    invent_all(comparisons)
+    found = comparisons.found(TWO)
+    remember(as_sweep(found, trials(found, comparisons.runs)), comparisons.runs)
+    kept = comparisons.runs / "run.compare"
+    assert comparisons.compare("--table", *WORDS).code == 0
+    before = {name: (kept / name).read_bytes() for name in ("results.csv", "results.svg")}
+    done = comparisons.compare("--table", "--methods", "oialr", "--seeds", 1)
+    assert (done.code, cells(done.out)["finished runs"]) == (0, ["1 of 1"])
+    assert {name: (kept / name).read_bytes() for name in before} == before
+    assert "left as it is, since 5 finished runs of the comparison are not in this table" in done.err
+    assert comparisons.compare("--table", "--methods", "oialr,dense", "--seeds", 4).code == 0
+    assert (kept / "results.csv").read_bytes().count(b"\n") == 9
+
+
+def test_runs_on_different_data_are_not_compared(comparisons):
+    """Those of an earlier hpclr, which does not say on what, are."""
+    dense, low = comparisons.found(TWO).entries.values()
+    comparisons.invent(dense[0], **results(0.9))
+    comparisons.invent(dense[1], **results(0.9), data={"digest": "a" * 64})
+    comparisons.invent(low[0], **results(0.9), data={"digest": "a" * 64})
+    assert comparisons.compare("--table", *WORDS).code == 0
+    comparisons.invent(low[1], **results(0.9), data={"digest": "b" * 64})
+    done = comparisons.compare("--csv", "results.csv", *WORDS)
+    assert (done.code, Path("results.csv").exists()) == (2, False)
+    assert "run-dense-seed-1 and run-oialr-seed-1 are of different data" in done.err
+
+
+@pytest.mark.parametrize("methods", ["", "dense,,oialr", "dense, "])
+def test_methods_without_a_name_are_the_command_lines_fault(comparisons, methods):
+    done = comparisons.compare("--methods", methods)
+    assert (done.code, f"'--methods': expected labels with commas between, found {methods!r}" in done.err) == (2, True)
+
+
+def test_a_dash_is_no_file(comparisons):
+    invent_all(comparisons)
+    done = comparisons.compare("--csv", "-", *WORDS)
+    assert (done.code, "'--csv': expected the path of a file" in done.err, Path("-").exists()) == (2, True, False)
+
+
+def test_costs_that_hardly_differ_do_not_fill_a_panel():
+    series = [Series("a", [97.0], [2e5], [19.44e6], [[]]), Series("b", [96.0], [1e5], [19.62e6], [[]])]
+    figure = _drawn("title", "accuracy, %", series)
+    low, high = figure.axes[1].get_xlim()
+    assert (19.62e6 - 19.44e6) / (high - low) < 0.1
+    assert low < 19.44e6 < 19.62e6 < high
+    assert figure.axes[0].get_xlim()[0] > 5e4
+
+
+def test_labels_lie_on_no_marker():
+    """Where the costs are as good as equal, labels to the left would lie on the markers there."""
+    places = {"dense": (97.5, 19.5e6), "oialr": (97.2, 19.47e6), "truncate": (97.13, 19.56e6), "low": (95.9, 19.62e6)}
+    panel = _drawn(
+        "title", "accuracy, %", [Series(label, [y], [1], [x], [[]]) for label, (y, x) in places.items()]
+    ).axes[1]
+    markers = [panel.transData.transform(text.xy) for text in panel.texts]
+    assert not [1 for text in panel.texts for x, y in markers if text.get_window_extent().contains(x, y)]
 
 
 def test_without_matplotlib_there_is_a_table_all_the_same(comparisons, monkeypatch):

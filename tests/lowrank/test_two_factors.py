@@ -7,7 +7,7 @@ import torch
 from lowrank_helpers import LAYERS, dense_twin, small_net
 from torch import nn
 
-from hpclr.lowrank import EMA, FactorizationError, load_state_dict, select, summarize
+from hpclr.lowrank import EMA, FactorizationError, LowRankWarning, load_state_dict, select, summarize
 from hpclr.lowrank.factors import SVD, stable_rank, svd
 from hpclr.lowrank.interchange import dense_state_dict, factored_weights
 from hpclr.lowrank.svd_layers import CHANNEL
@@ -131,6 +131,27 @@ def test_momentum_is_exact_for_a_convolution():
     assert torch.allclose(optimizer.state[layer.vh]["momentum_buffer"], layer.u.mT @ momentum, atol=1e-13)
     assert optimizer.state[layer.bias]["momentum_buffer"] is of_bias
     assert layer.s not in optimizer.state
+
+
+class Unknown(torch.optim.SGD):
+    """Keeps state of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["of_its_own"] = torch.zeros_like(p)
+
+
+def test_nothing_is_carried_to_what_is_not_trained():
+    layer = nn.Linear(5, 4, bias=False)
+    optimizer = Unknown(layer.parameters(), lr=0.1)
+    layer.weight.grad = torch.ones(4, 5)
+    optimizer.step()
+    with pytest.warns(LowRankWarning, match="'of_its_own'") as caught:
+        split(layer, optimizer)
+    assert len(caught) == 2  # for either factor
+    assert not optimizer.state
+    assert [p.grad is None for p in (layer.u, layer.s, layer.vh)] == [False, True, False]
 
 
 def test_the_factors_take_the_place_of_the_weight_and_give_it_back():

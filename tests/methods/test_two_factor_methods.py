@@ -22,7 +22,9 @@ NEVER = 10**6
 METHODS = {
     "truncate": lambda model, optimizer, **s: Truncate(model, optimizer, **({"at": 3, "rank": 0.5} | s)),
     "fixed_rank": lambda model, optimizer, **s: FixedRank(model, optimizer, **({"rank": 0.5} | s)),
-    "cuttlefish": lambda model, optimizer, **s: Cuttlefish(model, optimizer, **({"every": 1, "delay": 3} | s)),
+    "cuttlefish": lambda model, optimizer, **s: Cuttlefish(
+        model, optimizer, **({"every": 1, "delay": 3, "window": 3} | s)
+    ),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
@@ -224,7 +226,9 @@ def test_groups_and_schedules_are_left_as_they_are():
     groups = [{"params": [*model[0].parameters()], "lr": 0.1}, {"params": [*model[2:].parameters()]}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)  # which refuses other groups than these
-    method = Cuttlefish(model, optimizer, every=2, delay=4, frobenius_decay=1e-3, keep_last=False, min_rank=0.2)
+    method = Cuttlefish(
+        model, optimizer, every=2, delay=4, window=2, frobenius_decay=1e-3, keep_last=False, min_rank=0.2
+    )
     lower_stable_ranks(model)
     seen = []
     optimizer.register_step_pre_hook(lambda opt, *_: seen.append([len(g["params"]) for g in opt.param_groups]))
@@ -270,6 +274,46 @@ def test_two_methods_without_weight_decay_and_a_step_that_fails():
         assert moved == {"0.bias", "2.weight", "2.bias", "4.bias"}
     assert rates == [[0.2] * 3]
     assert [method.ranks for method in methods] == [{"0": 5}, {"4": 4}]
+
+
+def test_the_state_after_a_step_that_failed_can_be_saved_and_loaded():
+    model = mlp([10, 12, 8])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    method = FixedRank(model, optimizer, rank=0.5, frobenius_decay=0.1)
+    steps(model, optimizer, method, 1)
+    good, places = copy.deepcopy(optimizer.state_dict()), held(optimizer)
+
+    def fail(*_):
+        raise InterruptedError
+
+    for use in (optimizer.state_dict, lambda: optimizer.load_state_dict(good)):
+        handle = optimizer.register_step_pre_hook(fail)
+        with pytest.raises(InterruptedError):
+            optimizer.step()
+        handle.remove()
+        saved = use() or good
+        assert_same(saved["param_groups"], good["param_groups"])
+        assert held(optimizer) == places
+    steps(model, optimizer, method, 1)
+    assert method.steps == 2
+
+
+def test_a_compiled_step_is_the_same_step():
+    ends = []
+    for compiled in (False, True):
+        model = mlp([10, 12, 8], torch.float64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+        method = FixedRank(model, optimizer, rank=0.5, frobenius_decay=0.1)
+        step = torch.compile(lambda o=optimizer: o.step(), backend="eager") if compiled else optimizer.step
+        for i in range(3):
+            optimizer.zero_grad()
+            x, y = batch(i, 10, 8, torch.float64)
+            (nn.functional.cross_entropy(model(x), y) + method.penalty()).backward()
+            step()
+        assert (method.steps, len(optimizer.param_groups)) == (3, 1)
+        ends.append([p.detach() for p in model.parameters()])
+    for plain, other in zip(*ends, strict=True):
+        assert torch.allclose(plain, other, rtol=0, atol=1e-4)  # torch's compiled AdamW alone differs by 1e-6
 
 
 # --- Cuttlefish ------------------------------------------------------------------------------------------------------
@@ -329,18 +373,40 @@ def test_flat_stable_ranks_switch_and_others_wait_for_the_delay():
     assert (found, method.flat, method.ranks) == (None, {"0": False}, {"0": 10})
     assert course(falling, window=4, delay=9)[0] == 9
     assert course(falling, window=4, flatness=0.6)[0] == 4
+    assert course(falling, window=4.0, flatness=0.6)[0] == 4
     assert course(flat, window=4, every=3)[0] is None or course(flat, window=4, every=3)[0] % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"every": 5, "delay": 50}, "window·every is 15·5 = 75 steps, but delay 50: only 10 of the 15 measurements"),
+        ({"every": 0.05, "delay": 0.5, "total_steps": 200}, "15·10 = 150 steps, but delay 100: only 10"),
+        (
+            {"every": 0.02, "delay": 0.5, "total_steps": 10},
+            "15·1 = 15 steps, but delay 5: only 5 of .* raise delay to 15",
+        ),
+        ({"every": 4, "delay": 11, "window": 3}, "only 2 of the 3 measurements"),
+        ({"every": 1, "delay": 0, "window": 1}, "only 0 of the 1"),
+    ],
+)
+def test_a_delay_before_any_layer_could_be_flat_is_refused(settings, said):
     model = mlp([8, 8, 8])
-    assert Cuttlefish(model, idle(model), every=1, delay=0).converted
+    with pytest.raises(ValueError, match=said):
+        Cuttlefish(model, idle(model), **settings)
+    assert type(model[0]) is nn.Linear
+    enough = {"window": 2, "every": 4, "delay": 8}
+    assert not Cuttlefish(model, idle(model), **enough).converted
 
 
 def test_the_rank_is_the_stable_rank_in_units_of_that_at_the_start():
+    at_once = {"delay": 1, "window": 1}
     for first, now, expected in ((10.0, 3.0, 3), (5.0, 1.0, 2), (8.0, 2.5, 4), (2.0, 1.0, 5)):
-        _, method = course([first, now], delay=1)
+        _, method = course([first, now], **at_once)
         assert method.ranks == {"0": expected}, (first, now)
-    _, method = course([10.0, 2.0], delay=1, min_rank=0.35)
+    _, method = course([10.0, 2.0], min_rank=0.35, **at_once)
     assert method.ranks == {"0": 4}
-    _, method = course([2.0, 8.0], delay=1)  # the ranks would be above the full one, which saves nothing
+    _, method = course([2.0, 8.0], **at_once)  # the ranks would be above the full one, which saves nothing
     assert method.ranks == {"0": 10}
     assert method.report["0"] == "factors of rank 10 would save nothing"
 
@@ -369,8 +435,12 @@ def test_what_would_save_nothing_stays_dense_by_its_shape_alone():
         rank = 3
         u, v = torch.linalg.qr(torch.randn(8, rank)).Q, torch.linalg.qr(torch.randn(weight.numel() // 8, rank)).Q
         weight.copy_((u @ v.mT).reshape(weight.shape))
-    method = Cuttlefish(model, idle(model), every=1, delay=0, keep_last=False)
-    # scaled stable ranks are full ranks at the start: nothing saves
+    optimizer = idle(model)
+    method = Cuttlefish(model, optimizer, every=1, delay=1, window=1, keep_last=False)
+    optimizer.step()
+    method.step()
+    assert method.converted
+    # scaled stable ranks are full ranks as at the start: nothing saves
     assert method.ranks == {"0": 8, "1": 8, "3": 8}
     assert set(method.report) >= {"0", "1", "3"}
 
@@ -378,7 +448,7 @@ def test_what_would_save_nothing_stays_dense_by_its_shape_alone():
 def test_a_weight_that_began_at_zero_has_its_stable_rank():
     model = stack(torch.zeros(12, 10, dtype=torch.float64), with_spectrum([1.0] * 8, 8, 12))
     optimizer = idle(model)
-    method = Cuttlefish(model, optimizer, every=1, delay=1, keep_last=False)
+    method = Cuttlefish(model, optimizer, every=1, delay=1, window=1, keep_last=False)
     model[0].weight.data.copy_(with_spectrum([1.0, 1.0, 1.0], 12, 10))
     optimizer.step()
     method.step()
@@ -456,6 +526,21 @@ def test_settings_models_and_optimisers_that_cannot_work_are_refused(make):
         (Cuttlefish, {"every": 1, "delay": 3, "flatness": math.inf}, "flatness must be"),
         (Cuttlefish, {"every": 1, "delay": 3, "frobenius_decay": math.nan}, "frobenius_decay must be"),
         (Cuttlefish, {"every": 1, "delay": 2.5}, "delay must be a whole number of steps or a fraction"),
+        *(
+            (make, settings | {name: wrong}, f"^{name} must be .*{said}.* found {wrong!r}")
+            for make, settings, name, said in (
+                (Truncate, {"at": 3}, "rank", r"a share of the smaller side in \(0, 1\] or a rank rule"),
+                (Truncate, {"rank": 0.5}, "at", "a whole number of steps or a fraction"),
+                (FixedRank, {}, "rank", r"a share of the smaller side in \(0, 1\]"),
+                (FixedRank, {"rank": 0.5}, "frobenius_decay", "a finite number of 0 or more"),
+                (FixedRank, {"rank": 0.5}, "max_aspect", "a number above 1"),
+                (Cuttlefish, {"delay": 3}, "every", "a number above 0"),
+                (Cuttlefish, {"every": 1, "delay": 3}, "window", "a whole number"),
+                (Cuttlefish, {"every": 1, "delay": 3}, "flatness", "a finite number"),
+                (Cuttlefish, {"every": 1, "delay": 3}, "min_rank", "a number in"),
+            )
+            for wrong in ("half", True)
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(method, settings, message):
@@ -529,6 +614,18 @@ def test_two_methods_may_train_different_layers():
     assert method.ranks == {"2": 3, "4": 2}
 
 
+def test_what_is_made_dense_again_is_trained_as_its_factors_were():
+    for name, make in METHODS.items():
+        model = mlp([10, 12, 8])
+        method = make(model, idle(model), **({"at": 0} if name == "truncate" else {}))
+        assert method.converted == (name != "cuttlefish")
+        assert all(p.requires_grad for p in densify(model).parameters()), name
+    model = mlp([10, 12, 8])
+    FixedRank(model, idle(model), rank=0.5)
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in densify(model).parameters())
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 STEPS, STOPS = 12, [0, 2, 4, 5, 6, 9, 11]
@@ -536,7 +633,10 @@ CASES = {
     "truncate": (lambda m, o: Truncate(m, o, at=5, rank=0.5), "Adam"),
     "fixed rank, Frobenius decay": (lambda m, o: FixedRank(m, o, rank=0.5, frobenius_decay=0.01), "SGD"),
     "fixed rank, random": (lambda m, o: FixedRank(m, o, rank=0.3, init="random"), "Adam"),
-    "cuttlefish": (lambda m, o: Cuttlefish(m, o, every=2, delay=5, frobenius_decay=0.01, min_rank=0.2), "Adam"),
+    "cuttlefish": (
+        lambda m, o: Cuttlefish(m, o, every=2, delay=5, window=2, frobenius_decay=0.01, min_rank=0.2),
+        "Adam",
+    ),
     "cuttlefish, flat": (lambda m, o: Cuttlefish(m, o, every=2, delay=99, window=2, flatness=9.0), "SGD"),
 }
 
@@ -622,6 +722,28 @@ def test_the_state_of_another_model_is_refused():
             method.load_state_dict(saved)
 
 
+def test_the_state_of_another_method_is_refused():
+    makers = METHODS | {
+        "svd_training": lambda model, optimizer: SVDTraining(model, optimizer, sparsity=0.1, prune_at=9),
+        "oialr": lambda model, optimizer: OIALR(model, optimizer, delay=4, every=2),
+    }
+    states = {}
+    for name, make in makers.items():
+        model = mlp([8, 8, 8])
+        states[name] = make(model, idle(model)).state_dict()
+    for name, make in makers.items():
+        model = mlp([8, 8, 8])
+        method = make(model, idle(model))
+        before = method.state_dict()
+        for other in makers.keys() - {name}:
+            with pytest.raises(ValueError, match=f"is not of {name}" if other == "oialr" else f"is of {other}, not"):
+                method.load_state_dict(states[other])
+        with pytest.raises(ValueError, match=f"is not of {name}"):
+            method.load_state_dict({})
+        assert_same(method.state_dict(), before)
+        method.load_state_dict({key: value for key, value in before.items() if key != "method"})  # as it once was
+
+
 def test_a_longer_run_is_not_truncated_twice_and_measures_when_it_is_due():
     states = []
     for total in (10, 40):
@@ -638,7 +760,7 @@ def test_a_longer_run_is_not_truncated_twice_and_measures_when_it_is_due():
 
     longer = mlp([10, 8, 8])
     optimizer = idle(longer)
-    method = Cuttlefish(longer, optimizer, every=0.1, delay=0.9, total_steps=100)
+    method = Cuttlefish(longer, optimizer, every=0.1, delay=0.9, window=9, total_steps=100)
     method.load_state_dict(method.state_dict() | {"steps": 12, "measured": 12})  # of a run a tenth as long
     steps(longer, optimizer, method, 8)
     assert method.checks == 1

@@ -11,7 +11,7 @@ STRICT = {"timeout": 30, "verify_every": 1}
 # of 13 steps: the conversion after 6, or before the first
 TRUNCATE = {"name": "truncate", "at": 0.5, "rank": 0.3}
 FIXED = {"name": "fixed_rank", "rank": 0.3, "frobenius_decay": 0.001}
-CUTTLEFISH = {"name": "cuttlefish", "every": 2, "delay": 6, "frobenius_decay": 0.001}
+CUTTLEFISH = {"name": "cuttlefish", "every": 2, "delay": 6, "window": 3, "frobenius_decay": 0.001}
 METHODS = {"truncate": TRUNCATE, "fixed_rank": FIXED, "cuttlefish": CUTTLEFISH}
 DECAYING = {"name": "adamw", "lr": 0.02, "weight_decay": 0.1}
 CASES = {
@@ -117,6 +117,7 @@ def test_the_checks_are_recorded(bench):
     [
         (TRUNCATE | {"at": 13}, "method: at is 13 but the run has 13 steps"),
         (CUTTLEFISH | {"delay": 20}, "method: delay is 20 but the run has 13 steps"),
+        (CUTTLEFISH | {"window": 4}, "method: window·every is 4·2 = 8 steps, but delay 6: only 3 of"),
         (TRUNCATE | {"rank": 1.5}, "method.rank must be a number > 0 and <= 1, or a section with rule"),
         (TRUNCATE | {"rank": {"rule": "energy"}}, "method.rank.share is missing"),
         (FIXED | {"rank": {"rule": "energy", "share": 0.5}}, "method.rank must be a number > 0 and <= 1"),

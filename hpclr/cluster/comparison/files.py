@@ -16,6 +16,7 @@ from hpclr.cluster.sweep.files import (
     Point,
     Setting,
     all_of,
+    leaves,
     name_in,
     read_base,
     read_document,
@@ -193,13 +194,26 @@ def _point(name: str, base: Document, run: RunFile, entry: _Entry, seed: int) ->
     """The run of a method with a seed; the run file's own method keeps its settings, others get a starting point."""
     settings = [*entry.settings]
     for setting in settings:
-        if setting.key == _SEED:
-            raise UsageError(f"{setting.place}: {_SEED} cannot be set here: all methods have the same seeds")
+        _check_setting(setting)
     if entry.method != run.method.name:
         start = starting_point(entry.method, base.value.get("method", {}))
         settings.insert(0, Setting("method", start, entry.place))
     point = run_with(base, [*settings, Setting(_SEED, seed, "")], f"{name}-{entry.label}-seed-{seed}")
     return Point(point, {"label": entry.label, _SEED: seed})
+
+
+def _check_setting(setting: Setting) -> None:
+    """What methods have in common none of them sets."""
+    for key in leaves(setting.key, setting.value):
+        if key == _SEED:
+            common = "all methods have the same seeds"
+        elif key in ("train.steps", "train.epochs"):
+            common = "all methods begin with the same length, which the run file says"
+        elif key.startswith("data."):
+            common = "methods are compared on the same data, read in the same way"
+        else:
+            continue
+        raise UsageError(f"{setting.place}: {key} cannot be set here: {common}")
 
 
 def with_budget(point: Point, name: str, kind: Equal, steps: int) -> Point:

@@ -12,6 +12,7 @@ from hpclr.cluster.comparison.files import Comparison
 from hpclr.cluster.progress import open_regular
 from hpclr.cluster.sweep.results import found
 from hpclr.cluster.sweep.standing import Standing
+from hpclr.errors import UsageError
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.scores import METRICS, judged_by
 
@@ -133,7 +134,11 @@ def outcomes(
         trials: its methods with their seeds.
         standings: how far the runs are, by their names.
         runs: the directory that holds them.
+
+    Raises:
+        UsageError: if they are of different data.
     """
+    _check_data(standings)
     summaries = [_summary(trial, standings) for trial in trials]
     names = {name for summary in summaries for name in _test(summary)}
     metric = _metric(judged_by(trials[0].measured.run), names)
@@ -143,6 +148,22 @@ def outcomes(
         all_ = [one._replace(reached=_first_to_reach(target, metric, one.validations)) for one in all_]
     by_label = {label: [one for one in all_ if one.trial.label == label] for label in comparison.entries}
     return Outcomes(metric, comparison.reference, target, by_label)
+
+
+def _check_data(standings: Mapping[str, Standing]) -> None:
+    """Data may be prepared anew at the same path. Runs of an earlier version do not say what theirs was."""
+    known: dict[str, str] = {}
+    for name, standing in standings.items():
+        data = (standing.summary or {}).get("data")
+        if isinstance(data, dict) and isinstance(digest := data.get("digest"), str):
+            known.setdefault(digest, name)
+    if len(known) > 1:
+        (one, first), (other, second) = list(known.items())[:2]
+        raise UsageError(
+            f"{first} and {second} are of different data, with the digests {one[:12]}… and {other[:12]}… (data.digest "
+            "in their summary.json), so that they cannot be compared. Move the directories of the runs of one of them "
+            "away and train these anew, or give the comparison another name, with name=…."
+        )
 
 
 def _summary(trial: Trial, standings: Mapping[str, Standing]) -> Summary:

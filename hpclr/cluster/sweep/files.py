@@ -110,6 +110,13 @@ def name_in(document: Document, path: Path, what: str) -> str:
     raise UsageError(f"{path}: the file's name becomes that of the {what}, which must be {wanted}; add `name:` to it")
 
 
+def leaves(key: str, value: Any) -> list[str]:
+    """The keys below a section that is given as a whole."""
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [leaf for name, item in value.items() for leaf in leaves(f"{key}.{name}", item)]
+
+
 def run_with(base: Document, settings: Sequence[Setting], name: str) -> RunFile:
     """The run file with these settings, checked; faults of a setting are said of the place where it stands.
 

@@ -18,6 +18,7 @@ from hpclr.cluster.sweep.files import (
     Point,
     Setting,
     all_of,
+    leaves,
     name_in,
     read_base,
     read_document,
@@ -133,16 +134,9 @@ def _settings(document: Document) -> list[list[Setting]]:
 
 def _point(name: str, base: Document, settings: Sequence[Setting]) -> Point:
     run = run_with(base, settings, name)
-    keys = [leaf for key, value, _ in settings for leaf in _leaves(key, value)]
+    keys = [leaf for key, value, _ in settings for leaf in leaves(key, value)]
     values = {key: value_at(run, key) for key in keys}
     return Point(structs.replace(run, name=run_name(name, values)), values)
-
-
-def _leaves(key: str, value: Any) -> list[str]:
-    """The keys below a section that is given as a whole."""
-    if not isinstance(value, dict) or not value:
-        return [key]
-    return [leaf for name, item in value.items() for leaf in _leaves(f"{key}.{name}", item)]
 
 
 def _distinct(points: Sequence[Point], started: Callable[[str], bool]) -> tuple[Point, ...]:

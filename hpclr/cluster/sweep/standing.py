@@ -12,6 +12,7 @@ from hpclr.cluster.status import Status, on_one_line, runs_in, statuses
 from hpclr.cluster.sweep.files import Point
 from hpclr.cluster.sweep.points import Sweep
 from hpclr.config import RunFile, differences, load_run_file
+from hpclr.config.describe import show
 from hpclr.errors import UsageError
 from hpclr.files import write_whole
 from hpclr.training.run_directory import RunDirectory, writing
@@ -108,17 +109,24 @@ def _recorded(sweep: Sweep, runs: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_places(points: Sequence[Point], runs: Path, kind: str) -> None:
-    faults = [fault for point in points if (fault := _fault(RunDirectory(runs / point.name), point.run))]
+    faults = [fault for point in points if (fault := fault_of(point, runs, kind))]
     if faults:
-        raise UsageError(
-            "\n".join([*faults, f"Take the changes back, or give the {kind} another name, with `name:` in its file."])
-        )
+        how = "name=…" if kind == "comparison" else "`name:` in its file"
+        raise UsageError("\n".join([*faults, f"Take the changes back, or give the {kind} another name, with {how}."]))
 
 
-def _fault(directory: RunDirectory, asked: RunFile) -> str | None:
-    """Why a run cannot be started in its directory; None if it can."""
+def fault_of(point: Point, runs: Path, kind: str) -> str | None:
+    """Why a run cannot be started, or gone on with, in its directory; None if it can.
+
+    Args:
+        point: the run.
+        runs: the directory that holds them.
+        kind: what it belongs to. In a comparison a run is not made longer: it would have another schedule than those
+            that have been as long from the first step.
+    """
+    directory = RunDirectory(runs / point.name)
     if directory.exists:
-        return _difference(directory, asked)
+        return _difference(directory, point.run, kind)
     try:
         directory.check_place()
     except UsageError as error:
@@ -126,12 +134,20 @@ def _fault(directory: RunDirectory, asked: RunFile) -> str | None:
     return None
 
 
-def _difference(directory: RunDirectory, asked: RunFile) -> str | None:
+def _difference(directory: RunDirectory, asked: RunFile, kind: str) -> str | None:
     try:
-        listed = differences(load_run_file(directory.run_file), asked)
+        stored = load_run_file(directory.run_file)
     except UsageError as error:
         return str(error)
+    longer = _growth(stored, asked) if kind == "comparison" else []
+    listed = dict.fromkeys([*differences(stored, asked), *longer])
     return f"{directory.path} holds a run of another run file. What differs: {'; '.join(listed)}" if listed else None
+
+
+def _growth(stored: RunFile, asked: RunFile) -> list[str]:
+    """What `differences` allows."""
+    pairs = {key: (getattr(stored.train, key), getattr(asked.train, key)) for key in ("steps", "epochs")}
+    return [f"train.{key}: {show(old)} in the run, {show(new)} now" for key, (old, new) in pairs.items() if old != new]
 
 
 def _of_others(unfinished: Sequence[Path], there: Container[Path]) -> dict[Path, Standing]:
