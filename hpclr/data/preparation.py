@@ -18,7 +18,7 @@ from hpclr.errors import UsageError
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 _VALID_FRACTION = 0.1  # of the training split, where the source has no validation split of its own
-_TARGETS = {"train": ("train", "valid"), "valid": ("valid",), "test": ("test",)}  # part → splits it goes to
+_TARGETS = {"train": ("train", "valid"), "valid": ("valid", "test"), "test": ("test",)}  # part → splits it goes to
 _DROPPED = -1
 
 
@@ -45,7 +45,7 @@ def prepare(
             default 0.1, or 0 where the source has such a split.
         seed: chooses the validation samples, and those that `limit` keeps.
         image_size: side in pixels to which pictures are brought.
-        limit: at most so many samples of each split: a random choice, of a time series or text its beginning.
+        limit: at most so many samples of each split: a random choice, of a time series or text one stretch.
         force: replace `out` if it is there.
         progress: called after every block.
         team: processes that read a share of the blocks with `hpclr.data.teamwork.read_share`; the file is the same.
@@ -108,38 +108,54 @@ class _Drawn:
 
 
 @dataclass(frozen=True)
-class _Leading:
-    """The first rows of a part stay, those after them are dropped; as this holds no array, a text may be any length."""
+class _Stretches:
+    """Rows in a row stay together; as this holds no array, a text may be any length."""
 
-    kept: int
+    bounds: tuple[range, ...]  # for each target the rows that go to it
 
     def count(self, target: int) -> int:
-        return self.kept if target == 0 else 0
+        return len(self.bounds[target]) if target < len(self.bounds) else 0
 
     def of(self, first: int, last: int) -> Array:
-        return np.where(np.arange(first, last) < self.kept, 0, _DROPPED)
+        rows = np.arange(first, last)
+        roles = np.full(last - first, _DROPPED)
+        for target, kept in enumerate(self.bounds):
+            roles[(rows >= kept.start) & (rows < kept.stop)] = target
+        return roles
 
 
-_Roles = dict[str, _Drawn | _Leading]  # for every part
+_Roles = dict[str, _Drawn | _Stretches]  # for every part
 
 
 def _roles(source: Source, valid_fraction: float, seed: int, limit: int | None) -> _Roles:
     """Which split every row of every part goes to."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: expected at least 1, found {limit}")
-    roles: _Roles = {}
-    for number, part in enumerate(source.parts):
-        size = source.parts[part].size
+    sizes = {name: part.size for name, part in source.parts.items()}
+    for part, size in sizes.items():
         if not size:
             raise UsageError(f"the source has no sample in its {part} split; expected at least 1")
+    if source.task in CONSECUTIVE:
+        return _consecutive(sizes, limit or max(sizes.values()))
+    roles: _Roles = {}
+    for number, (part, size) in enumerate(sizes.items()):
         kept = min(size, limit or size)
-        if source.task in CONSECUTIVE:
-            roles[part] = _Leading(kept)
-        else:
-            held_out = _held_out(valid_fraction, kept) if part == "train" and valid_fraction else 0
-            order = permute(key(seed, number, Stream.SPLIT), np.arange(kept), size)
-            roles[part] = _Drawn(_drawn(order, size, held_out))
+        held_out = _held_out(valid_fraction, kept) if part == "train" and valid_fraction else 0
+        order = permute(key(seed, number, Stream.SPLIT), np.arange(kept), size)
+        roles[part] = _Drawn(_drawn(order, size, held_out))
     return roles
+
+
+def _consecutive(sizes: dict[str, int], limit: int) -> _Roles:
+    """One stretch around the end of train: what validation leaves of its rows goes to test, so that there is no gap."""
+    train, valid, test = (min(sizes.get(split, 0), limit) for split in SPLITS)
+    of_valid = min(test, sizes.get("valid", 0) - valid)
+    bounds = {
+        "train": (range(sizes["train"] - train, sizes["train"]),),
+        "valid": (range(valid), range(valid, valid + of_valid)),
+        "test": (range(test - of_valid),),
+    }
+    return {part: _Stretches(bounds[part]) for part in sizes}
 
 
 def _drawn(order: Array, size: int, held_out: int) -> Array:

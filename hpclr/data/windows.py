@@ -24,8 +24,8 @@ class WindowLoader(BatchLoader):
     every row is predicted, as in the data loaders of Informer, Autoformer and PatchTST. Of a text, y is x one token
     further on; what is left over at the end of a split and does not fill a window is left out.
 
-    Shuffled windows of train begin, in each epoch anew, up to stride − 1 rows or tokens later, so that they have other
-    boundaries; their number stays the same.
+    Shuffled windows of train begin, in each epoch anew, as many rows or tokens later as the end of the file allows with
+    their number staying the same, so that they have other boundaries and every row has its turn.
 
     Args:
         dataset: an open dataset for forecasting or of language; it must stay open while batches are read from disk.
@@ -129,7 +129,7 @@ class Windows:
         self.length, self._stride = length, stride
         places = np.maximum(0, np.array(rows, dtype=np.int64) - length + 1)  # where a window can begin
         counts = np.maximum(np.minimum(1, places), places // stride) if shifted else -(-places // stride)
-        self._shifts = np.minimum(stride, places - (counts - 1) * stride) if shifted else np.ones_like(places)
+        self._shifts = places - (counts - 1) * stride if shifted else np.ones_like(places)
         self._first_window: Indices = np.concatenate([[0], np.cumsum(counts)])
         self._first_row: Indices = np.concatenate([[0], np.cumsum(rows)[:-1]])
         self.sizes: list[int] = counts.tolist()

@@ -21,7 +21,7 @@ class PatchTST(nn.Module):
         horizon: rows to predict.
         columns: as in `sample_shape`.
         patch: rows in a patch.
-        patch_stride: rows from the beginning of a patch to that of the next; smaller than `patch`, they overlap.
+        patch_stride: rows from the beginning of a patch to that of the next, at most `patch`; if less, they overlap.
         dim: width of a token; must be a multiple of `heads`.
         depth: number of blocks.
         heads: attention heads of a block.
@@ -53,7 +53,7 @@ class PatchTST(nn.Module):
         check_whole("patchtst", horizon=horizon, columns=columns, **sizes)
         check_dropout("patchtst", dropout)
         _check_heads("patchtst", dim, heads)
-        _check_patches(patch, sample_shape[0], norm)
+        _check_patches(patch, patch_stride, sample_shape[0], norm)
         transformers = _transformers("patchtst")
         config = transformers.PatchTSTConfig(
             num_input_channels=columns,
@@ -137,9 +137,11 @@ class GPT2(nn.Module):
         return logits
 
 
-def _check_patches(patch: int, rows: int, norm: str) -> None:
+def _check_patches(patch: int, stride: int, rows: int, norm: str) -> None:
     if patch >= rows:
         raise ValueError(f"patchtst: patch must be less than the {rows} rows of data.context, found {patch}.")
+    if stride > patch:  # rows between patches would not be seen
+        raise ValueError(f"patchtst: patch_stride must be at most patch, {patch}, found {stride}.")
     if norm not in ("batch", "layer"):
         raise ValueError(f"patchtst: norm must be one of batch, layer, found {norm!r}.")
 

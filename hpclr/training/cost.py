@@ -50,7 +50,12 @@ class Meter:
         """Notes the most memory that any of the processes has held so far; collective."""
         self._parts.job.doing("comparing memory", position.step, waiting=True)
         held = self._parts.job.group.gather(self._memory.bytes())
-        position.peak_memory = _largest(position.peak_memory, max(held))
+        if position.peak_memory == 0:
+            position.peak_memory_of = self._memory.of
+        if position.peak_memory_of == self._memory.of:
+            position.peak_memory = _largest(position.peak_memory, max(held))
+        else:  # that of an earlier attempt is of other memory
+            position.peak_memory = position.peak_memory_of = None
 
     def totals(self, position: Position) -> dict[str, Any]:
         """What a summary says of the cost of a run; None for what is not known."""
@@ -61,7 +66,7 @@ class Meter:
             "gradient_bytes_mean": reduced / steps if reduced is not None and steps else None,
             "optimizer_bytes_peak": position.optimizer_bytes,
             "peak_memory_bytes": position.peak_memory,
-            "peak_memory_of": self._memory.of,
+            "peak_memory_of": position.peak_memory_of,
         }
 
     def _look_at_form(self) -> None:

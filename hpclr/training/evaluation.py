@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -139,6 +140,7 @@ def evaluate_checkpoint(
     if split not in dataset.sizes:
         raise UsageError(f"{dataset.path} has no split '{split}'; it has {', '.join(dataset.sizes)}")
     _check_fit(dataset, loaded)
+    _standardize_as_in_training(dataset, loaded)
     device = choose_device("cpu" if run.train.device == "cpu" else "auto")  # what ran on CUDA is scored anywhere
     precision = Precision(run.train.precision, device)
     task = task_of(run, dataset)
@@ -188,6 +190,17 @@ def _check_fit(dataset: Dataset, loaded: Loaded) -> None:
                 f"{dataset.path} does not fit {loaded.path}: the model was trained on data with {what} "
                 f"{show(expected)}, this has {show(found)}; name a file of the same kind with --data"
             )
+
+
+def _standardize_as_in_training(dataset: Dataset, loaded: Loaded) -> None:
+    """Samples come in the units that the model knows, also those of another file; the first checkpoints have none."""
+    with malformed_named(loaded.path):
+        data = from_tree(loaded.tree["data"])
+        if "mean" in data:
+            mean, std = (np.array(data[key], np.float64).reshape(dataset.mean.shape) for key in ("mean", "std"))
+            if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+                raise ValueError("mean and std of the data must be finite, and std above 0")
+            dataset.mean, dataset.std = mean, std
 
 
 def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:

@@ -8,7 +8,7 @@ parameter has their one matrix, `ortho_matrix` (r×n or m×r), beside the moment
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from math import ceil
+from math import ceil, isfinite
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,12 +19,19 @@ from msgspec import Meta
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpclr.config.describe import show
 from hpclr.config.schema import Optimizer as OptimizerSection
 from hpclr.errors import TrainingDivergedError, UsageError
 from hpclr.lowrank import FactorizationError, select
 from hpclr.lowrank.factors import svd
 
 _BASIS = "ortho_matrix"
+_EXPECTED = {
+    "rank": "a whole number from 1 on, or a share of a layer's smaller side, above 0 and up to 1.0",
+    "update_proj_gap": "a whole number of steps from 1 on",
+    "scale": "a finite number above 0",
+    "proj_type": "std, left or right",
+}
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -34,6 +41,10 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     update_proj_gap: Annotated[int, Meta(ge=1)] = 200  # steps from one decomposition to the next
     scale: Annotated[float, Meta(gt=0)] = 0.25  # factor on the step, once it is back in the weight's space
     proj_type: Literal["std", "left", "right"] = "std"  # which side is projected; std: the one that makes it smaller
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.scale):
+            raise ValueError("scale must be finite")
 
     def rank_of(self, shape: torch.Size) -> int:
         """The rank for a matrix; a share is rounded up, and exact: 0.55 of 100 is 55."""
@@ -70,13 +81,14 @@ def build_galore(section: OptimizerSection, model: nn.Module) -> Optimizer:
 
 
 def _settings(section: OptimizerSection) -> Settings:
-    try:
-        return msgspec.convert(section.args, Settings)
-    except msgspec.ValidationError as error:
-        raise UsageError(
-            f"optimizer.args: galore_adamw takes rank (a whole number, or a share of a layer's smaller side up to "
-            f"1.0), update_proj_gap (steps), scale, and proj_type (std, left or right); {error}"
-        ) from error
+    for key, value in section.args.items():
+        if key not in _EXPECTED:
+            raise UsageError(f"optimizer.args.{key}: galore_adamw has no such option; it has {', '.join(_EXPECTED)}")
+        try:
+            msgspec.convert({key: value}, Settings)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"optimizer.args.{key}: expected {_EXPECTED[key]}, found {show(value)}") from error
+    return msgspec.convert(section.args, Settings)
 
 
 def _options(section: OptimizerSection) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Position:
     reduced_bytes: int | None = 0  # of gradients
     optimizer_bytes: int | None = 0  # the most at any time
     peak_memory: int | None = 0  # bytes, the most on any process
+    peak_memory_of: str | None = None  # as `PeakMemory.of`; None where attempts differ in it
 
     def best(self, metric: str) -> float | None:
         """This metric of the best score so far; None before there is one."""
@@ -126,6 +127,8 @@ def _data_facts(parts: Assembly) -> dict[str, Any]:
         "classes": list(dataset.classes),
         "sample_shape": list(dataset.sample_shape),
         "sizes": dict(dataset.sizes),
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
     }
 
 

@@ -156,6 +156,25 @@ def test_what_cannot_work_is_refused(resources, sections, said, place):
     assert not (place.path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"horizon": 4}, "data.context is missing"),
+        ({"context": 8}, "data.horizon is missing"),
+        ({"context": 8, "horizon": 200}, "what follows it are 208 rows, but the training split"),
+        ({"context": 8, "horizon": 4, "stride": 50}, "series.h5 has 3 training samples"),
+        ({"context": 8, "horizon": 4}, None),
+    ],
+)
+def test_time_series_are_checked_as_what_they_are(data, said, place):
+    (place.path / "series.csv").write_text("".join(f"{row % 7},{row % 5}\n" for row in range(200)))
+    assert hpclr("data", "prepare", "csv", "series.csv", "series.h5").code == 0
+    model = {"name": "mlp"}
+    done = place.submit("--dry-run", model=model, data={"path": "series.h5", "batch_size": 8} | data)
+    assert (done.code, said is None or said in done.err) == (0 if said is None else 2, True), done.err
+    assert said is not None or "140 rows to train on, 2" in done.err
+
+
 def test_all_faults_are_named_at_once(place):
     with pytest.raises(UsageError) as error:
         place.prepared(Resources(ntasks_per_node=3, time="soon"), data={"path": "none.h5"})

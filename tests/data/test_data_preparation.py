@@ -64,6 +64,17 @@ def test_limit_takes_a_sample_of_each_split(archive, tmp_path):
     assert y["train"].max() > 250  # not just the first
 
 
+@pytest.mark.parametrize("limit", [1, 7, 15, 25, 100, 1000])
+def test_a_limited_series_is_one_stretch_of_the_whole(tmp_path, limit):
+    """140 rows to train on, 20 to validate, 40 to test: with a limit the splits still follow one another."""
+    (tmp_path / "s.csv").write_text("".join(f"{i}.5\n" for i in range(200)))
+    sizes = prepare("csv", tmp_path / "s.csv", tmp_path / "out.h5", limit=limit)
+    assert sizes == {"train": min(limit, 140), "valid": min(limit, 20), "test": min(limit, 40)}
+    with open_dataset(tmp_path / "out.h5") as dataset:
+        rows = np.concatenate([dataset.read_all(split, "series")[:, 0] for split in ("train", "valid", "test")])
+    assert rows.tolist() == [140 - sizes["train"] + i + 0.5 for i in range(sum(sizes.values()))]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@ import gzip
 import lzma
 import pickle
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -389,6 +390,60 @@ def test_rows_of_another_length_are_refused(tmp_path, row, count, date):
     more = 1 if date else 0
     message = f"data row 30 (from 0) has {count + more} columns, expected {2 + more}"
     assert message in refusal(tmp_path, "csv", path)
+
+
+@pytest.mark.parametrize("first", ["date", "", "0"])
+def test_numbers_above_dated_rows_are_names(tmp_path, first):
+    rows = "".join(f"2024-01-{i:02d},5.5,{i}.5\n" for i in range(1, 31))
+    dataset, content, _ = prepared(tmp_path, "csv", put(tmp_path / "s.csv", f"{first},10,20\n{rows}".encode()))
+    assert dataset.classes == ["10", "20"]
+    assert content["train"][0].tolist() == [5.5, 1.5]
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_first_line_that_may_be_names_or_numbers_is_refused(tmp_path, columns):
+    numbers = ",".join(map(str, range(columns)))
+    rows = f"{numbers}\n" + f"{','.join(['5.5'] * columns)}\n" * 30
+    message = refusal(tmp_path, "csv", put(tmp_path / "s.csv", rows.encode()))
+    assert f"the first line '{numbers}' may be names of columns or data" in message
+    header = ",".join("abc"[:columns])
+    _, content, _ = prepared(tmp_path, "csv", put(tmp_path / "s.csv", f"{header}\n{rows}".encode()))
+    assert content["train"][0].tolist() == list(range(columns))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(lambda i: 1577836810 + i, id="seconds, constant in float32"),
+        pytest.param(lambda i: 1577836810 + 600 * i, id="every ten minutes"),
+        pytest.param(lambda i: 1577836810000 + 600000 * i, id="milliseconds"),
+        pytest.param(lambda i: 2458849.5 + i / 1440, id="Julian days"),
+        pytest.param(lambda i: 500 + 1e-6 * (i % 3), id="small changes"),
+    ],
+)
+def test_columns_that_float32_cannot_hold_are_warned_of_once(tmp_path, value, monkeypatch):
+    monkeypatch.setattr("hpclr.data.readers.series.BLOCK_BYTES", 8 * 30)  # several blocks
+    text = "load,ts\n" + "".join(f"{i % 7},{value(i)!r}\n" for i in range(200))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as python does unless told otherwise
+        prepared(tmp_path, "csv", put(tmp_path / "s.csv", text.encode()))
+    assert [str(warning.message).count("column 'ts'") for warning in caught] == [1]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(lambda i: 16000000 + i % 2, id="whole numbers that it can hold"),
+        pytest.param(lambda i: 101325 + 0.1 * (i % 5), id="pressure"),
+        pytest.param(lambda i: 0.1, id="constant"),
+        pytest.param(lambda i: 1e9 + 0.3 if i == 90 else 1e9 + 0.2 if i > 100 else 0.5, id="one far away"),
+    ],
+)
+def test_columns_that_float32_holds_are_taken_without_a_word(tmp_path, value):
+    text = "".join(f"5.5,{value(i)!r}\n" for i in range(200))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(tmp_path, "csv", put(tmp_path / "s.csv", text.encode()))
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", "a,b\nx,y\n" * 20, "1,2\n" * 5])

@@ -111,8 +111,8 @@ def test_too_few_characters(tmp_path, content):
 
 def test_options_are_those_of_time_series(tmp_path):
     with prepared(tmp_path, TEXT.encode(), limit=20) as dataset:
-        count = len(TEXT)
-        places = (0, count * 8 // 10, count * 9 // 10)
+        border = len(TEXT) * 8 // 10
+        places = (border - 20, border, border + 20)
         assert list(read_back(dataset).values()) == [TEXT[place : place + 20] for place in places]
     (tmp_path / "out.h5").unlink()
     assert "the source has a validation split" in refusal(tmp_path, TEXT.encode(), valid_fraction=0.2)

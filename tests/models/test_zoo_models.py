@@ -101,6 +101,7 @@ def test_images_and_help_do_not_wait_for_transformers():
     [
         ("patchtst", {"patch": 16}, "patch must be less than the 16 rows of data.context, found 16"),
         ("patchtst", {"patch": 0}, "patchtst: patch must be a whole number of at least 1"),
+        ("patchtst", {"patch": 4, "patch_stride": 5}, "patch_stride must be at most patch, 4, found 5"),
         ("patchtst", {"norm": "group"}, "norm must be one of batch, layer, found 'group'"),
         ("patchtst", {"dropout": 1.0}, "patchtst: dropout must be"),
         ("patchtst", {"dim": 30, "heads": 4}, "dim must be a multiple of heads, found dim 30 and heads 4"),

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_does_not_know_what_came_before(bench):
     store.save(7, tree)
     continued = bench.train()
     cost = summary(continued)["cost"]
-    assert {key for key, value in cost.items() if value is not None} == {"peak_memory_of"}
+    assert set(cost.values()) == {None}
     assert records(continued, "valid")[-1]["flops"] is None
     assert summary(continued)["sizes"]["flops"] == summary(reference)["sizes"]["flops"]
     assert hpclr("summary", continued).code == 0
@@ -257,9 +257,19 @@ def test_the_peak_is_the_largest_of_all_attempts(bench):
     assert cost["peak_memory_of"] in ("process", "process since its start")
 
 
-def with_more(store: CheckpointStore, peak: int) -> Path:
+@pytest.mark.parametrize("of", ["cuda", None])
+def test_peaks_of_different_memory_are_not_compared(of, bench):
+    reference = bench.train(method=DENSE, checkpoint=EVERY_STEP).rename(bench.path / "reference")
+    run = as_killed_after(reference, 7, bench.run)
+    with_more(CheckpointStore(run / "checkpoints"), 1 << 40, peak_memory_of=of)
+    cost = summary(bench.train(method=DENSE))["cost"]
+    assert cost["peak_memory_bytes"] is cost["peak_memory_of"] is None
+    assert cost["training_flops"] == summary(reference)["cost"]["training_flops"]
+
+
+def with_more(store: CheckpointStore, peak: int, **others: str | None) -> Path:
     tree = dict(store.load(7).tree)
-    tree["position"] = Json(tree["position"].value | {"peak_memory": peak})
+    tree["position"] = Json(tree["position"].value | {"peak_memory": peak} | others)
     store.path(7).with_suffix(".h5.sha256").unlink()
     store.path(7).unlink()
     return store.save(7, tree)

@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from math import ceil, sqrt
+from math import ceil, inf, nan, sqrt
 
 import pytest
 import torch
@@ -228,10 +228,15 @@ def test_two_processes_give_the_result_of_one_and_continue_to_the_bit(team):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"args": {"rank": 0}}, "optimizer.args: galore_adamw takes rank .*`int` >= 1"),
-        ({"args": {"rank": 2.5}}, "optimizer.args: .*`float` <= 1.0 - at `\\$.rank`"),
-        ({"args": {"update_proj_gab": 4}}, "optimizer.args: .*unknown field `update_proj_gab`"),
-        ({"args": {"proj_type": "full"}}, "optimizer.args: .*'full'"),
+        ({"args": {"rank": 0}}, "optimizer.args.rank: expected a whole number from 1 on, or .*, found 0$"),
+        ({"args": {"rank": 2.5}}, "optimizer.args.rank: .* share .* up to 1.0, found 2.5$"),
+        ({"args": {"rank": 4, "scale": 0}}, "optimizer.args.scale: expected a finite number above 0, found 0$"),
+        ({"args": {"update_proj_gap": 0.5}}, "optimizer.args.update_proj_gap: expected a whole .* 1 on, found 0.5$"),
+        (
+            {"args": {"gap": 4}},
+            "optimizer.args.gap: .* no such option; it has rank, update_proj_gap, scale, proj_type$",
+        ),
+        ({"args": {"proj_type": "full"}}, "optimizer.args.proj_type: expected std, left or right, found 'full'$"),
         ({"momentum": 0.9}, "optimizer.momentum: galore_adamw has no such option; it has betas, eps and weight_decay"),
         ({"name": "galore_adafactor"}, "optimizer.name: of GaLore's optimisers there is galore_adamw here"),
     ],
@@ -241,6 +246,12 @@ def test_what_it_does_not_take_is_refused(changes, said, bench):
     assert done.code == 2
     assert_says(done.err, said)
     assert not bench.run.exists()
+
+
+@pytest.mark.parametrize("scale", [inf, nan])
+def test_a_scale_that_is_not_finite_is_refused(scale, build):
+    with pytest.raises(UsageError, match=f"optimizer.args.scale: expected a finite number above 0, found {scale}$"):
+        build(nn.Linear(6, 4), args={"scale": scale})
 
 
 def assert_says(text, pattern):

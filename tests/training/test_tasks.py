@@ -4,10 +4,12 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from process_helpers import (  # noqa: F401 - the_tasks and the_team are fixtures
@@ -34,7 +36,7 @@ from windows_helpers import (  # noqa: F401 - the_series and the_text are fixtur
 )
 
 from hpclr import models
-from hpclr.checkpoint import Json
+from hpclr.checkpoint import CheckpointStore, Json
 from hpclr.cluster.sweep.files import Point
 from hpclr.cluster.sweep.points import Sweep
 from hpclr.cluster.sweep.results import Results
@@ -172,6 +174,39 @@ def test_a_run_speaks_of_its_own_metrics_only(task, bench, series, text, monkeyp
         assert not any("accuracy" in each.out + each.err for each in shown)
     rows = dict(re.findall(r"│ (test \w+) +│ +(\S+) +│", shown[2].out))
     assert rows.keys() == {f"test {name}" for name in names - {"loss"}}
+
+
+def rescaled(path: Path, source: Path) -> Path:
+    """The same splits in a file whose own training rows have another mean and spread."""
+    shutil.copy(source, path)
+    with h5py.File(path, "a") as file:
+        del file.attrs["checked"], file.attrs["digest"]
+        file["mean"][...] += 3.0
+        file["std"][...] *= 2.0
+    return path
+
+
+@pytest.mark.parametrize("task", ["forecasting", "classification"])
+def test_other_data_is_scored_in_the_units_of_the_training(task, bench, series):
+    sections, source = (forecasting(series), series) if task == "forecasting" else ({}, bench.digits)
+    run = bench.train(**sections)
+    other, expected = rescaled(bench.path / "other.h5", source), summary(run)["test"]
+    score = hpclr("evaluate", run, "--data", other)
+    assert score.code == 0, score.err
+    shown = shown_score(expected) if task == "forecasting" else f"{expected['accuracy']:.2%}"
+    assert shown in score.out
+
+    store = CheckpointStore(run / "checkpoints")
+    tree = dict(store.load(STEPS).tree)
+    facts = tree["data"].value
+    early = {key: value for key, value in facts.items() if key not in ("mean", "std")}
+    CheckpointStore(bench.path / "early").save(STEPS, tree | {"data": Json(early)})
+    before = hpclr("evaluate", bench.path / "early", "--data", other)
+    assert before.code == 0, before.err  # by the file itself, as that version did
+    assert shown not in before.out
+    for number, bad in enumerate(([1.0] * 99, "x", [0.0] * len(facts["std"]))):
+        CheckpointStore(bench.path / f"bad-{number}").save(STEPS, tree | {"data": Json(facts | {"std": bad})})
+        assert "is malformed" in hpclr("evaluate", bench.path / f"bad-{number}", "--data", other).err
 
 
 def test_the_metric_that_judges(bench, series):

@@ -67,7 +67,7 @@ class Patchtst(Section, kw_only=True, frozen=True):
 
     name: Annotated[Literal["patchtst"], doc("This kind of model.")] = "patchtst"
     patch: Annotated[Count, doc("Rows in a patch; fewer than `data.context`.")] = 16
-    patch_stride: Annotated[Count, doc("Rows from the beginning of a patch to that of the next.")] = 8
+    patch_stride: Annotated[Count, doc("Rows from the beginning of a patch to that of the next; at most `patch`.")] = 8
     dim: Annotated[Count, doc("Width of the embedding; a multiple of `heads`.")] = 64
     depth: Annotated[Count, doc("Number of transformer blocks.")] = 3
     heads: Annotated[Count, doc("Attention heads in each block.")] = 4

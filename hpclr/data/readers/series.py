@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -14,7 +15,8 @@ from hpclr.data.layout import BLOCK_BYTES, Array, rows_in
 from hpclr.data.source import Block, Part, Source, open_binary, reading
 from hpclr.errors import UsageError
 
-_SHARES = {"train": 0.7, "valid": 0.1}  # in time; the rest is the test split
+_TENTHS = (0, 7, 8, 10)  # of the rows: where training, validation and test begin and end
+_LEAST_RESOLUTION = 32  # a typical change from row to row, in units of the mean error of rounding to float32
 
 
 class _Table(NamedTuple):
@@ -30,6 +32,10 @@ class _Table(NamedTuple):
         """The columns of a line, those before the numbers included."""
         return next(csv.reader([line.strip("\r\n")], delimiter=self.delimiter)) or [""]
 
+    def name(self, column: int) -> str:
+        """What to call a column, counted with those before the numbers."""
+        return self.header[column] if self.header else str(column)
+
 
 def read(path: Path) -> Source:
     """A CSV file, gzipped or xz-compressed or neither, split 70/10/20 in time.
@@ -42,7 +48,7 @@ def read(path: Path) -> Source:
         count = sum(1 for _ in _lines(table))
     if count < 10:
         raise UsageError(f"{path}: expected at least 10 rows to split 70/10/20 in time, found {count}")
-    bounds = [0, int(_SHARES["train"] * count), int((_SHARES["train"] + _SHARES["valid"]) * count), count]
+    bounds = [tenths * count // 10 for tenths in _TENTHS]
     splits = zip(("train", "valid", "test"), bounds, bounds[1:], strict=False)
     parts = {split: _part(table, first, last) for split, first, last in splits}
     names = table.header[table.skip :] or [str(column) for column in range(table.width)]
@@ -55,12 +61,18 @@ def _table(path: Path) -> _Table:
     # numbers and dates hold neither tab nor semicolon, but perhaps a comma
     table = plain._replace(delimiter=next((sign for sign in "\t;" if sign in second), ","))
     head, row = table.cells(first), table.cells(second)
-    header = [] if _is_number(_without_commas(head[-1])) else head
     skip = 1 if _is_date(row[0]) else 0
+    is_data = _is_number(_without_commas(head[-1])) and (not skip or _is_date(head[0]))
+    header = [] if is_data else head
     if len(row) <= skip or len(head) != len(row):
         raise UsageError(
             f"{path}: expected rows of numbers separated by comma, semicolon or tab, with or without a line of names "
             f"above and a date in front; found '{first[:60]}' and then '{second[:60]}'"
+        )
+    if head == [str(column) for column in range(len(head))] and is_data:
+        raise UsageError(
+            f"{path}: the first line '{first.strip()[:60]}' may be names of columns or data. Put a line of names above "
+            "it, or in its place."
         )
     return table._replace(header=header, skip=skip, width=len(row) - skip)
 
@@ -105,10 +117,30 @@ def _numbers(lines: list[str], table: _Table, start: int) -> Array:
     columns = range(table.skip, table.skip + table.width)
     if not any(_is_too_long(line, table) for line in lines):
         with suppress(ValueError):
-            return np.loadtxt(
-                lines, np.float32, delimiter=table.delimiter, usecols=columns, ndmin=2, quotechar='"', comments=None
+            return _as_float32(
+                np.loadtxt(
+                    lines, np.float64, delimiter=table.delimiter, usecols=columns, ndmin=2, quotechar='"', comments=None
+                ),
+                table,
             )
     raise UsageError(f"{table.path}: {_first_fault(lines, table, start)}")
+
+
+def _as_float32(values: Array, table: _Table) -> Array:
+    """The rows (N, C) as they are stored, with a warning for columns whose changes do not survive that."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later, by row
+        rounded = values.astype(np.float32)
+        changes = np.abs(np.diff(values, axis=0))
+        change = changes.sum(axis=0) / np.maximum(1, np.count_nonzero(changes, axis=0))
+        lost = np.abs(values - rounded).mean(axis=0) > change / _LEAST_RESOLUTION
+    for column in np.flatnonzero(lost & (change > 0)).tolist():
+        warnings.warn(
+            f"{table.path}: the values of column '{table.name(column + table.skip)}' are too large for their changes: "
+            "float32, in which series are kept, rounds these away or makes them coarse. Remove the column if it is a "
+            "time stamp, else subtract a constant from it.",
+            stacklevel=2,
+        )
+    return rounded
 
 
 def _is_too_long(line: str, table: _Table) -> bool:
@@ -126,8 +158,7 @@ def _first_fault(lines: list[str], table: _Table, start: int) -> str:
             return f"data row {row} (from 0) has {len(cells)} columns, expected {width}. Repair or remove the row."
         for column, cell in enumerate(cells[table.skip :], table.skip):
             if not _is_number(cell):
-                name = table.header[column] if table.header else str(column)
-                where = f"column '{name}' of data row {row} (from 0)"
+                where = f"column '{table.name(column)}' of data row {row} (from 0)"
                 return f"{where}: expected a number, found '{cell[:40]}'. {_remedy(cell)}"
     return "a row could not be read as numbers"
 
