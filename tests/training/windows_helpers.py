@@ -75,7 +75,7 @@ def literal_windows(split: str) -> list[tuple[list[list[float]], list[list[float
     means = [sum(row[c] for row in train) / len(train) for c in range(3)]
     stds = [math.sqrt(sum((row[c] - means[c]) ** 2 for row in train) / len(train)) for c in range(3)]
     scaled = [[(row[c] - means[c]) / stds[c] for c in range(3)] for row in rows]
-    begin, end = {"valid": (168, 191), "test": (191, 240)}[split]
+    begin, end = {"valid": (168, 192), "test": (192, 240)}[split]
     return [(scaled[t - CONTEXT : t], scaled[t : t + HORIZON]) for t in range(begin, end - HORIZON + 1)]
 
 
