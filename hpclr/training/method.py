@@ -15,6 +15,7 @@ from hpclr.config.schema import Truncate as TruncateSection
 from hpclr.methods import OIALR, Cuttlefish, Dense, FixedRank, Method, SVDTraining, Truncate
 from hpclr.parallel.replica import Replica
 from hpclr.training.job import Job
+from hpclr.training.lengths import check_length
 
 
 def build_replica(run: RunFile, model: nn.Module, job: Job) -> Replica:
@@ -38,38 +39,23 @@ def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: in
         ValueError: for settings that fit neither the model nor the length of the run.
     """
     section = run.method
+    check_length(section, total)
     match section:
         case DenseSection():
             return Dense(model)
         case Oialr():
-            oialr = OIALR(model, optimizer, total_steps=total, **_options(section, "svd", "heat_rank"))
-            _check_moment("delay", section.delay, oialr.delay, total)
-            return oialr
+            return OIALR(model, optimizer, total_steps=total, **_options(section, "svd", "heat_rank"))
         case SvdTraining():
-            svd = SVDTraining(model, optimizer, total_steps=total, **_options(section))
-            _check_moment("prune_at", section.prune_at, svd.prune_at, total)
-            return svd
+            return SVDTraining(model, optimizer, total_steps=total, **_options(section))
         case TruncateSection():
-            truncate = Truncate(model, optimizer, total_steps=total, **_options(section))
-            _check_moment("at", section.at, truncate.at, total)
-            return truncate
+            return Truncate(model, optimizer, total_steps=total, **_options(section))
         case FixedRankSection():
             return FixedRank(model, optimizer, **_options(section))
         case CuttlefishSection():
-            cuttlefish = Cuttlefish(model, optimizer, total_steps=total, **_options(section))
-            _check_moment("delay", section.delay, cuttlefish.delay, total)
-            return cuttlefish
+            return Cuttlefish(model, optimizer, total_steps=total, **_options(section))
 
 
 def _options(section: Section, *of_others: str) -> dict[str, Any]:
     """A method's arguments, without its name and those that are the replica's."""
     options = {key: msgspec.to_builtins(value) for key, value in msgspec.structs.asdict(section).items()}
     return {key: value for key, value in options.items() if key not in ("name", *of_others)}
-
-
-def _check_moment(key: str, written: float, step: int, total: int) -> None:
-    if step >= total:
-        raise ValueError(
-            f"{key} is {written} but the run has {total} steps, so nothing would ever become low-rank; "
-            f"make it less than {total}, or a fraction of the run below 1"
-        )

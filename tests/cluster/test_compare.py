@@ -97,7 +97,7 @@ def test_methods_that_begin_too_late_are_found_before_any_trains(comparisons, le
     done = comparisons.compare("--local", 1, base={"train": length}, methods=methods, seeds=1)
     steps = length.get("steps") or -(-open_dataset("digits.h5").sizes["train"] // 64)
     assert done.code == 2
-    assert f"compare-late-seed-0: method.at is 1000 but the run has {steps} steps" in done.err
+    assert f"compare-late-seed-0: method: at is 1000 but the run has {steps} steps" in done.err
     assert "compare-cuttlefish-seed-0: method: window" in done.err
     assert not comparisons.runs.exists()
 
