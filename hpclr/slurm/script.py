@@ -12,7 +12,7 @@ from hpclr.errors import UsageError
 
 Launcher = Literal["srun", "torchrun", "mpirun"]
 _SUPERVISE = Path(__file__).with_name("supervise.sh")
-_OWN_NAMES = ("ATTEMPTS", "CHAIN", "PATIENCE", "LAUNCH", "DEADLINE", "EARLY")
+_OWN_NAMES = ("ATTEMPTS", "CHAIN", "PATIENCE", "LAUNCH", "DEADLINE", "EARLY", "ASKED")
 _OWN_VARIABLES = ("RUN", *(f"HPCLR_{name}" for name in _OWN_NAMES))
 _FOR_SBATCH = ("name", "run", "time", "options")
 # Before anything that takes time; what is common to all scripts says why, and sees to what is remembered.

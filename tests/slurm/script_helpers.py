@@ -95,6 +95,7 @@ class Place:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # as of a node, whose processes may all be signalled, or lost, at once
         )
 
     def ended(self, process: "subprocess.Popen[str]") -> End:

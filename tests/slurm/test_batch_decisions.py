@@ -1,7 +1,9 @@
 """What a batch script does after its processes have ended, and with signals: run for real, by bash, without Slurm."""
 
+import random
 import shlex
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -100,7 +102,7 @@ def test_without_progress_there_are_two_starts(steps, goes_on, place):
     assert lines == [f"7 {restart} {before}" for restart, before in enumerate([0, *steps[:-1]])]
 
 
-LOST = "attempt ''; kill -KILL $PPID; exit 1"  # the node, with script and processes
+LOST = "attempt ''; kill -KILL 0"  # the node, with script and processes
 
 
 def test_a_run_that_costs_its_node_is_not_started_for_ever(place):
@@ -237,6 +239,24 @@ def test_many_signals_do_not_confuse_it(ends, code, place):
     assert (end.code, end.requeues) == (code, 0), end.said
 
 
+@pytest.mark.parametrize("attempt", range(10))
+def test_signals_that_do_not_cease(attempt, place):
+    """However they fall: bash itself at times confuses what it was waiting for with the signals that ended the wait."""
+    process = place.launch("until_stop; for n in {1..2000}; do :; done; exit 4")
+    while process.poll() is None:
+        for number in (signal.SIGUSR1, signal.SIGTERM) * 3:
+            if (place.run / "running").exists():
+                process.send_signal(number)
+        time.sleep(0.001 * random.Random(attempt).random())
+    end = place.ended(process)
+    assert (end.code, end.requeues) == (4, 0), end.said
+
+
+def test_a_signal_to_all_processes_is_the_launchers(place):
+    end = place.start("trap 'echo heard >\"$RUN/heard\"; exit 3' USR1; kill -USR1 0; exit 4")
+    assert (end.code, end.requeues, (place.run / "heard").exists()) == (3, 0, True), end.said
+
+
 def test_a_request_that_is_there_already_stays(place):
     ends = 'touch "$RUN/running"; echo end by mia >"$RUN/STOP"; /bin/sleep 0.3; attempt 85; exit 1'
     end = place.signalled(ends, signal.SIGUSR1)
@@ -282,8 +302,8 @@ def test_a_job_that_was_asked_to_end_and_lost_its_node_ends(request_, starts, pl
 
 def test_what_ends_a_job_that_was_requeued_is_no_request_to_the_next_start(place):
     """Slurm ends a job with SIGTERM as soon as its requeue is granted."""
-    place.scontrol = f'kill -TERM $(cat "{place.path}/pid")'
-    end = place.start(f'echo $PPID >"{place.path}/pid"; exit 85')
+    place.scontrol = "kill -TERM $(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)"  # of `timeout`, of the script
+    end = place.start("exit 85")
     assert (end.code, end.requeues, place.stop_file()) == (REQUEUED, 1, None)
 
 

@@ -46,34 +46,41 @@ launch() {
 for signal in USR1 USR2 TERM; do trap "HPCLR_EARLY=$signal" "$signal"; done
 
 supervise() {
-  local signal
+  local signal code
   RUN=$1 HPCLR_ATTEMPTS=${HPCLR_ATTEMPTS:-20} HPCLR_CHAIN=${HPCLR_CHAIN:-no} HPCLR_PATIENCE=${HPCLR_PATIENCE:-120}
+  HPCLR_ASKED=
   shift
   trap 'rm -rf "${HPCLR_LAUNCH:-}"' EXIT
   begin
   HPCLR_DEADLINE=$(deadline)
   export HPCLR_LAUNCH HPCLR_DEADLINE
   [ -n "$HPCLR_DEADLINE" ] || unset HPCLR_DEADLINE
-  for signal in USR1 USR2 TERM; do trap "asked=yes; stop $signal" "$signal"; done
+  for signal in USR1 USR2 TERM; do trap "stop $signal" "$signal"; done
   if [ -n "${HPCLR_EARLY:-}" ]; then
     trap '' USR1 USR2 TERM
     say "signal $HPCLR_EARLY: the processes are not started"
     go_on 85
   fi
   echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(newest_step)" >>"$RUN/logs/progress"
-  "$@" &
-  # A signal to this script ends `wait`, not the launcher.
-  while asked=no code=0; do
-    wait $! || code=$?
-    [ "$asked" = yes ] || break
-  done
+  noted "$@" &
+  # A signal to this script ends `wait`, not the launcher; what `wait` then returns is no exit code one can rely on.
+  until [ -s "$HPCLR_LAUNCH/code" ] || ! kill -0 $! 2>/dev/null; do wait $! || true; done
   trap '' USR1 USR2 TERM
+  code=$(cat "$HPCLR_LAUNCH/code" 2>/dev/null || echo 75)
   code=$(outcome "$code")
   case $code in
     0) over 0 ;;
     75 | 85) go_on "$code" ;;
     *) over "$code" ;;
   esac
+}
+
+# Runs the launcher, and writes down its exit code. A signal to all processes of the job is the launcher's alone.
+noted() {
+  trap : USR1 USR2 TERM
+  set +e
+  (set -e; "$@")
+  echo $? >"$HPCLR_LAUNCH/code"
 }
 
 say() { printf 'hpclr: %s\n' "$*" >&2; }
@@ -106,12 +113,15 @@ begin() {
   [ ! -e "$RUN/STOP" ] || ln "$RUN/STOP" "$HPCLR_LAUNCH/STOP" || true # by which an old request is known
 }
 
-# Asks the run to save and to end, unless it has been asked already; it looks for the file.
+# Asks the run to save and to end, unless it has been asked already; it looks for the file. One signal is enough: each
+# further one is passed over in a word, since they may come faster than a file is written.
 stop() {
+  [ -z "${HPCLR_ASKED:-}" ] || return 0
+  HPCLR_ASKED=$1
   local new=$RUN/.tmp-STOP-$SLURM_JOB_ID
   say "signal $1: the run is asked to save"
   ! is_old || rm -f "$RUN/STOP"
-  printf 'requeue signal %s from Slurm\n' "$1" >"$new" && mv -n "$new" "$RUN/STOP" || true
+  printf 'requeue signal %s from Slurm\n' "$1" >"$new" && mv -n "$new" "$RUN/STOP" || HPCLR_ASKED= # the next may succeed
   rm -f "$new"
 }
 
