@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from hpclr.config.describe import show
+from hpclr.config.leaves import leaves
 from hpclr.config.schema import RunFile
 
 # Key, or section, and why a run may go on with another value of it.
@@ -23,6 +24,7 @@ FREE = {
     "validation": "validation reads the weights and changes none; `patience` only ends a run sooner or later",
     "checkpoint": "saving changes nothing that is saved",
     "parallel": "on how many processes and by which way makes rounding errors only",
+    "track": "who is told of a run changes nothing in it",
     "slurm": "a run that leaves earlier or later goes on all the same",
 }
 MOVING = {
@@ -55,7 +57,7 @@ def differences(stored: RunFile, asked: RunFile) -> list[str]:
 def _differences(section: str, stored: Any, asked: Any) -> list[str]:
     if type(stored) is not type(asked):  # another kind of model, schedule or method
         return [_line((section,), *(getattr(kind, kind.__struct_fields__[0]) for kind in (stored, asked)))]
-    before, now = (_flat(msgspec.to_builtins(values), (section,)) for values in (stored, asked))
+    before, now = (leaves(msgspec.to_builtins(values), (section,)) for values in (stored, asked))
     paths = dict.fromkeys([*before, *now])
     pairs = [(path, before.get(path, _ABSENT), now.get(path, _ABSENT)) for path in paths]
     return [_line(*pair) for pair in pairs if repr(pair[1]) != repr(pair[2]) and not _allowed(*pair)]
@@ -63,12 +65,6 @@ def _differences(section: str, stored: Any, asked: Any) -> list[str]:
 
 def _line(path: tuple[str, ...], old: Any, new: Any) -> str:
     return f"{'.'.join(path)}: {_show(old)} in the run, {_show(new)} now"
-
-
-def _flat(value: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    return {end: leaf for key, item in value.items() for end, leaf in _flat(item, (*path, key)).items()}
 
 
 def _allowed(path: tuple[str, ...], old: Any, new: Any) -> bool:

@@ -39,6 +39,7 @@ def _run_file() -> Iterator[str]:
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
     kinds = describe.kinds(field.type)
+    below = "####" if len(kinds) > 1 else "###"
     yield from [f"## {name}", "", f"{describe.meaning(field.type)} {_need(field)}", ""]
     for kind in kinds:
         if len(kinds) > 1:
@@ -46,7 +47,7 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
         yield from [*_table(describe.fields(kind).values()), ""]
         for key, inner in describe.fields(kind).items():
             for rule in describe.kinds(inner.type):
-                yield from [f"#### {name}.{key} with {_kind(rule)}", ""]
+                yield from [f"{below} {name}.{key} with {_kind(rule)}", ""]
                 yield from [*_summary(rule), *_table(describe.fields(rule).values()), ""]
 
 

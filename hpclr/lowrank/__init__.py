@@ -13,8 +13,10 @@ from hpclr.lowrank.accounting import (
     summarize,
 )
 from hpclr.lowrank.average import EMA
+from hpclr.lowrank.compiling import expect_rank_changes
 from hpclr.lowrank.convert import LayerReport, densify, factorize, load_state_dict, shape_model_like
 from hpclr.lowrank.factors import FactorizationError, LowRankWarning, stability
+from hpclr.lowrank.fold import fold
 from hpclr.lowrank.kinds import KINDS
 from hpclr.lowrank.moments import BasisChange, Change
 from hpclr.lowrank.ranks import (
@@ -28,6 +30,7 @@ from hpclr.lowrank.ranks import (
     rank_rule,
 )
 from hpclr.lowrank.sites import WeightSite, select
+from hpclr.lowrank.tucker import Tucker2Conv, TuckerReport, tucker2, tucker_decompose
 
 __all__ = [
     "EMA",
@@ -46,12 +49,16 @@ __all__ = [
     "StableRank",
     "SumProportion",
     "Summary",
+    "Tucker2Conv",
+    "TuckerReport",
     "WeightSite",
     "count_flops",
     "count_gradient_flops",
     "count_training_flops",
     "densify",
+    "expect_rank_changes",
     "factorize",
+    "fold",
     "load_state_dict",
     "optimizer_bytes",
     "rank_rule",
@@ -59,4 +66,6 @@ __all__ = [
     "shape_model_like",
     "stability",
     "summarize",
+    "tucker2",
+    "tucker_decompose",
 ]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpclr.lowrank.adapters import AdaptedModule, adapted_modules, remove_adapters
 from hpclr.lowrank.convert import densify
 from hpclr.lowrank.sites import WeightSite, select
 
@@ -32,10 +33,10 @@ class Summary:
     Attributes:
         trainable: parameters that receive gradients.
         stored: all parameters, frozen factors included: what a checkpoint of the model holds.
-        dense: parameters of the same model with dense weights.
+        dense: parameters of the same model with dense weights and without adapters.
         optimizer_bytes: bytes of optimiser state (None without an optimiser).
         gradient_bytes: bytes reduced over the processes in a step of data-parallel training.
-        dense_gradient_bytes: the same for the dense model.
+        dense_gradient_bytes: the same for the dense model, in which the weights under adapters are trained.
         flops: floating-point operations of a forward pass of the example (None without one).
         dense_flops: the same for the dense model.
         layers: every weight that is or may be low-rank.
@@ -75,7 +76,12 @@ class Summary:
 
 
 def summarize(
-    model: nn.Module, optimizer: Optimizer | None = None, example: Tensor | tuple[Any, ...] | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
+    *,
+    twin: nn.Module | None = None,
+    dense_form: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Summary:
     """Counts parameters, bytes and operations of a model as it is now.
 
@@ -84,21 +90,44 @@ def summarize(
         optimizer: to count its state.
         example: an input (or a tuple of positional arguments), to count the operations of a forward pass; the batch
             size matters, since the order of multiplication depends on it. The count is of an evaluation pass.
+        twin: the same model without data, to count operations on where the model itself cannot be copied.
+        dense_form: makes a copy of the model dense, in place; None: `made_dense`, which knows hpclr's own forms.
     """
+    if dense_form is not None:
+        return _of_other_form(model, optimizer, example, dense_form)
+    twin = model if twin is None else twin
     trained = [p for p in model.parameters() if p.requires_grad]
-    sites = select(model).eligible
+    sites, adapted = select(model).eligible, [layer for _, layer in adapted_modules(model)]
     stored = sum(p.numel() for p in model.parameters())
     reduced = sum(p.numel() * p.element_size() for p in trained)
     return Summary(
         trainable=sum(p.numel() for p in trained),
         stored=stored,
-        dense=stored + sum(_dense_surplus(site) for site in sites),
+        dense=stored + sum(_dense_surplus(site) for site in sites) - sum(_size_of_adapter(layer) for layer in adapted),
         gradient_bytes=reduced,
-        dense_gradient_bytes=reduced + sum(_gradient_surplus(site) for site in sites),
+        dense_gradient_bytes=reduced
+        + sum(_gradient_surplus(site) for site in sites)
+        + sum(_surplus_under_adapter(layer) for layer in adapted),
         optimizer_bytes=None if optimizer is None else optimizer_bytes(optimizer),
-        flops=None if example is None else count_flops(model, example),
-        dense_flops=None if example is None else count_flops(densify(_meta_copy(model)), example),
+        flops=None if example is None else count_flops(twin, example),
+        dense_flops=None if example is None else count_flops(made_dense(meta_copy(twin)), example),
         layers=tuple(LayerSize(site.name, site.shape, site.rank, site.is_lowrank) for site in sites),
+    )
+
+
+def _of_other_form(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    example: Tensor | tuple[Any, ...] | None,
+    dense_form: Callable[[nn.Module], nn.Module],
+) -> Summary:
+    """The sizes of a model of which somebody else knows the dense form."""
+    dense = dense_form(meta_copy(model))
+    return replace(
+        summarize(model, optimizer, example),
+        dense=sum(p.numel() for p in dense.parameters()),
+        dense_gradient_bytes=sum(p.numel() * p.element_size() for p in dense.parameters() if p.requires_grad),
+        dense_flops=None if example is None else count_flops(dense, example),
     )
 
 
@@ -117,6 +146,22 @@ def _gradient_surplus(site: WeightSite) -> int:
     m, n = site.shape
     reduced = sum(factor.numel() for factor in site.factors if factor.requires_grad)
     return (m * n - reduced) * site.parameter.element_size()
+
+
+def _size_of_adapter(layer: AdaptedModule) -> int:
+    return sum(layer.parameter(name).numel() for name in layer.names)
+
+
+def _surplus_under_adapter(layer: AdaptedModule) -> int:
+    """How many bytes larger the gradient of the weight is than those of its adapter."""
+    trained = [layer.parameter(name) for name in layer.trained if layer.parameter(name).requires_grad]
+    reduced = sum(parameter.numel() for parameter in trained)
+    return (layer.weight.numel() - reduced) * layer.weight.element_size() if trained else 0
+
+
+def made_dense(model: nn.Module) -> nn.Module:
+    """Gives a model dense weights and takes its adapters away, in place; returns it."""
+    return remove_adapters(densify(model))
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
@@ -141,13 +186,19 @@ def count_flops(model: nn.Module, example: Tensor | tuple[Any, ...]) -> int:
 
     Counted on the meta device: no memory, nothing computed, and none of the fused kernels that torch cannot count.
     """
-    twin = _meta_copy(model).eval()
+    twin = meta_copy(model).eval()
     inputs = _on_meta(example if isinstance(example, tuple) else (example,))
     return _counted(lambda: twin(*inputs))
 
 
 @torch.enable_grad()
-def count_training_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, dense: bool = False) -> int:
+def count_training_flops(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    *,
+    dense: bool = False,
+    dense_form: Callable[[nn.Module], nn.Module] | None = None,
+) -> int:
     """The same of a forward pass and the backward pass to the gradients of all that is trained.
 
     Counted on a copy in evaluation mode, since nothing may be drawn or sent to other processes for it; what a model
@@ -156,11 +207,12 @@ def count_training_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor], 
     Args:
         model: dense or with factored layers.
         loss: gives the loss of such a model, with inputs on the meta device.
-        dense: count for the model with dense weights.
+        dense: count for the model with dense weights and without adapters.
+        dense_form: as for `summarize`.
     """
-    twin = _meta_copy(model).eval()
+    twin = meta_copy(model).eval()
     if dense:
-        densify(twin)
+        (dense_form or made_dense)(twin)
     return _counted(lambda: loss(twin).backward())
 
 
@@ -204,7 +256,7 @@ def _convolution_backward(grad: Sequence[int], x: Sequence[int], weight: Sequenc
 _CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """The same model with shapes only."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -70,12 +70,24 @@ class LowRankAttention(AttentionWeights):
         if not self._qkv_same_embed_dim:
             triples = zip((query, key, value), separate, biases, strict=True)
             return tuple(self._one_projection(x, slot, bias) for x, slot, bias in triples)
+        if not self.is_lowrank(in_proj):
+            return self._dense_projections(query, key, value)
         packed = self.factors(in_proj)
         project = self.arithmetic.linear
         if query is key and key is value:
             return project(query, packed, self.in_proj_bias).chunk(3, -1)
         parts = (Factors(u, packed.sigma, packed.vh) for u in packed.u.chunk(3))
         return tuple(project(x, part, bias) for x, part, bias in zip((query, key, value), parts, biases, strict=True))
+
+    def _dense_projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Of a layer of which only the output projection is low-rank."""
+        weight, bias = self.dense_weight(self.slots[0]), self.in_proj_bias
+        if query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(
+            F.linear(x, part, b) for x, part, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+        )
 
     def _one_projection(self, x: Tensor, slot: Slot, bias: Tensor | None) -> Tensor:
         if self.is_lowrank(slot):

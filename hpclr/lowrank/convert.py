@@ -6,13 +6,14 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.kinds import KINDS, Kinds
-from hpclr.lowrank.layers import lowrank_modules
-from hpclr.lowrank.ranks import RankRule
-from hpclr.lowrank.sites import Selection, WeightSite, select
+from hpclr.lowrank.layers import lowrank_modules, refuse_shards
+from hpclr.lowrank.noise import shrunk
+from hpclr.lowrank.ranks import GavishDonoho, MarchenkoPastur, RankRule, noise_judged_by
+from hpclr.lowrank.sites import Selection, WeightSite, release, select
 from hpclr.lowrank.svd_layers import CHANNEL, SPATIAL
 
 Rank = int | float | RankRule | Mapping[str, int] | None
@@ -30,7 +31,12 @@ class LayerReport(NamedTuple):
 
 @torch.no_grad()
 def factorize(
-    model: nn.Module, rank: Rank = None, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    model: nn.Module,
+    rank: Rank = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    *,
+    shrink: bool = False,
 ) -> list[LayerReport]:
     """Replaces the weights of a model by factors U Σ Vᵀ, in place.
 
@@ -41,16 +47,22 @@ def factorize(
             singular values; a mapping gives each layer's rank by name.
         include: patterns of layer names; None means all.
         exclude: patterns of layer names to leave alone.
+        shrink: lower the singular values that are kept by what noise has added to them (`hpclr.lowrank.noise.shrunk`),
+            for the least error in the Frobenius norm; with a noise rule as `rank`, whose noise it takes. A layer in
+            which the rule finds nothing keeps one direction, whose singular value becomes 0. Layers already factored
+            are cut only: doing it twice would shrink them twice.
 
     Returns:
         One entry for every layer that holds parameters: converted, or left alone and why.
 
     Raises:
-        ValueError: for a pattern or a name that matches no layer, or a rank out of range.
+        ValueError: for a pattern or a name that matches no layer, a rank out of range, or `shrink` without a rule that
+            knows the noise.
     """
     selection = select(model, include=include, exclude=exclude, kinds=KINDS)
     wanted = _ranks_wanted(rank, selection)
-    reasons = selection.left_alone | {site.name: _factorize_site(site, wanted) for site in selection.eligible}
+    values = _values_wanted(rank, shrink)
+    reasons = selection.left_alone | {site.name: _factorize_site(site, wanted, values) for site in selection.eligible}
     sites = {site.name: site for site in selection.candidates}
     return [_report(name, sites.get(name), reasons[name]) for name in selection.order]
 
@@ -62,6 +74,7 @@ def _report(name: str, site: WeightSite | None, reason: str) -> LayerReport:
 
 
 RankOfSite = Callable[[WeightSite, SVD], int | None]
+ValuesOfSite = Callable[[WeightSite, SVD], Tensor]
 
 
 def _ranks_wanted(rank: Rank, selection: Selection) -> RankOfSite:
@@ -83,6 +96,18 @@ def _ranks_wanted(rank: Rank, selection: Selection) -> RankOfSite:
     )
 
 
+def _values_wanted(rank: Rank, shrink: bool) -> ValuesOfSite:
+    """The singular values that a dense weight is to have once it is factored."""
+    if not shrink:
+        return lambda site, parts: parts.s
+    if isinstance(rank, MarchenkoPastur | GavishDonoho):
+        return lambda site, parts: shrunk(parts.s, site.shape, noise_judged_by(rank, parts.s, site.shape))
+    raise ValueError(
+        f"shrink=True needs to know the noise: give MarchenkoPastur or GavishDonoho as rank, with the standard "
+        f"deviation of the noise or without, to estimate it; found {rank!r}"
+    )
+
+
 def _check_names(ranks: Mapping[str, int], selection: Selection) -> None:
     eligible = {site.name for site in selection.eligible}
     for name in ranks:
@@ -91,8 +116,9 @@ def _check_names(ranks: Mapping[str, int], selection: Selection) -> None:
             raise ValueError(f"a rank is given for layer '{name}', which cannot be converted: {reason}")
 
 
-def _factorize_site(site: WeightSite, wanted: RankOfSite) -> str:
+def _factorize_site(site: WeightSite, wanted: RankOfSite, values: ValuesOfSite) -> str:
     """Converts or cuts one weight; returns why it was left alone, nothing if it was not."""
+    refuse_shards(site.parameter)
     try:
         parts = svd(site.core())
     except FactorizationError as error:
@@ -102,7 +128,7 @@ def _factorize_site(site: WeightSite, wanted: RankOfSite) -> str:
         return "no rank is given for it"
     k = max(1, min(k, parts.s.numel()))
     if not site.is_lowrank:
-        site.factorize(k, parts)
+        site.factorize(k, parts._replace(s=values(site, parts)))
     elif k < site.rank:
         old = site.factors
         site.convert(old.u.to(parts.u) @ parts.u[:, :k], torch.diag(parts.s[:k]), parts.vh[:k] @ old.vh.to(parts.vh))
@@ -116,9 +142,12 @@ def densify(model: nn.Module) -> nn.Module:
     A weight is trained if any of its factors was. Optimiser state is not taken back: densify for evaluation and export,
     after training.
     """
-    for name, module in list(lowrank_modules(model)):
+    modules = list(lowrank_modules(model))
+    for name, module in modules:
         for slot in [slot for slot in module.slots if module.is_lowrank(slot)]:
             WeightSite(name, name, module, slot).densify()
+    for _, module in modules:
+        release(module)
     return model
 
 

@@ -27,6 +27,14 @@ class SVD(NamedTuple):
     s: Tensor  # k, descending, non-negative
     vh: Tensor  # k×n, orthonormal rows
 
+    def leading(self, k: int) -> "SVD":
+        """The part with the k largest singular values."""
+        return SVD(self.u[:, :k], self.s[:k], self.vh[:k])
+
+    def to(self, dtype: torch.dtype) -> "SVD":
+        """The same in another precision."""
+        return SVD(*(part.to(dtype) for part in self))
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which matrices of `dtype` are decomposed: float64 for float64, else float32."""
@@ -45,9 +53,7 @@ def svd(matrix: Tensor) -> SVD:
     Raises:
         FactorizationError: if the matrix has infinite or NaN entries or no algorithm converges.
     """
-    work = matrix.detach().to(working_dtype(matrix.dtype))
-    if not torch.isfinite(work).all():
-        raise FactorizationError(f"a {_size(matrix)} matrix has entries that are not finite; it has no SVD")
+    work = finite(matrix, "SVD").to(working_dtype(matrix.dtype))
     try:
         return SVD(*torch.linalg.svd(work, full_matrices=False))
     except _NO_CONVERGENCE:
@@ -63,8 +69,20 @@ def _svd_of_last_resort(work: Tensor) -> SVD:
     return SVD(u.to(work), s.to(work), vh.to(work))
 
 
+def finite(matrix: Tensor, lacks: str) -> Tensor:
+    """The matrix without its history; a FactorizationError with what it lacks if it has infinite or NaN entries."""
+    if not torch.isfinite(matrix).all():
+        raise FactorizationError(f"a {_size(matrix)} matrix has entries that are not finite; it has no {lacks}")
+    return matrix.detach()
+
+
 def _size(matrix: Tensor) -> str:
     return "×".join(str(length) for length in matrix.shape)
+
+
+def tall(matrix: Tensor) -> Tensor:
+    """W or Wᵀ, whichever has at least as many rows as columns."""
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
 def stable_rank(matrix: Tensor) -> float:
@@ -73,22 +91,26 @@ def stable_rank(matrix: Tensor) -> float:
     Raises:
         FactorizationError: if it has infinite or NaN entries or no algorithm finds its singular values.
     """
-    work = matrix.detach().to(working_dtype(matrix.dtype))
-    if not torch.isfinite(work).all():
-        raise FactorizationError(f"a {_size(matrix)} matrix has entries that are not finite; it has no stable rank")
+    work = tall(finite(matrix, "stable rank")).double()
+    work = work / work.abs().amax().clamp_min(torch.finfo(work.dtype).tiny)  # or else squares of float64 might overflow
+    gram = work.mT @ work
     try:
-        s = torch.linalg.svdvals(work)
+        largest = torch.linalg.eigvalsh(gram)[-1]
     except _NO_CONVERGENCE:
-        s = _svd_of_last_resort(work).s
-    return float((s / s[0]).square().sum()) if s[0] > 0 else 0.0
+        largest = _svd_of_last_resort(work).s[0].square()
+    return float(gram.trace() / largest) if largest > 0 else 0.0
+
+
+def negligible(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """The share of the largest singular value up to which others are rounding: max(m, n)·eps."""
+    return max(shape) * torch.finfo(dtype).eps
 
 
 def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
     """How many singular values stand above rounding: s_i > max(m, n)·eps·s_1."""
     if s.numel() == 0:
         return 0
-    threshold = max(shape) * torch.finfo(s.dtype).eps * float(s[0])
-    return int((s > threshold).sum())
+    return int((s > negligible(shape, s.dtype) * s[0]).sum())
 
 
 def polar(decomposition: SVD) -> Tensor:

@@ -31,7 +31,12 @@ class Slot(NamedTuple):
     @property
     def names(self) -> tuple[str, str, str]:
         """The names of the parameters U, Σ and Vᵀ."""
-        return f"{self.stem}u", f"{self.stem}{self.core}", f"{self.stem}vh"
+        return _names(self.stem, self.core)
+
+
+@cache
+def _names(stem: str, core: str) -> tuple[str, str, str]:
+    return f"{stem}u", f"{stem}{core}", f"{stem}vh"
 
 
 class LowRankModule(nn.Module):
@@ -65,9 +70,10 @@ class LowRankModule(nn.Module):
 
     def factors(self, slot: Slot) -> Factors:
         """U, Σ, Vᵀ of a slot; U and V are frozen, in the form in which they must be."""
-        u, sigma, vh = (self._parameters[name] for name in slot.names)
+        (a, b, c), own = slot.names, self._parameters
+        u, sigma, vh = own[a], own[b], own[c]
         assert u is not None and sigma is not None and vh is not None  # noqa: PT018 - one fact
-        if not self.trains_bases and (u.requires_grad or vh.requires_grad):
+        if not self.trains_bases and (u.requires_grad or vh.requires_grad) and not under_torch_func():
             _refreeze(u, vh, type(self).__name__)
         return Factors(u, sigma, vh)
 
@@ -130,6 +136,11 @@ class LowRankModule(nn.Module):
         return m, n
 
 
+def under_torch_func() -> bool:
+    """There whatever is differentiated with regard to requires gradients, which says nothing of what is trained."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def _refreeze(u: Tensor, vh: Tensor, layer: str) -> None:
     """Whoever calls `model.requires_grad_(True)` means the weights, not the frozen bases."""
     warnings.warn(
@@ -150,6 +161,24 @@ def holds(module: nn.Module, slot: Slot) -> bool:
     return module._parameters.get(slot.weight) is not None
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each process holds a part.
+
+    Asked in this way since torch.distributed.tensor takes longer to import than the rest of this room.
+    """
+    return hasattr(type(tensor), "full_tensor")
+
+
+def refuse_shards(parameter: nn.Parameter) -> None:
+    """Raises TypeError for a parameter of which each process holds a part."""
+    if is_sharded(parameter):
+        raise TypeError(
+            "the weight is sharded over the processes, and what is here is a part of it, which cannot change its form "
+            "or contents alone: OIALR does that for a model given to it as hpclr.parallel.Sharded; for anything else "
+            "take the weights out with its full_state_dict()"
+        )
+
+
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Gives a Parameter other contents of any shape, keeping its identity.
 
@@ -157,7 +186,11 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     gradient accumulator alive, which remembers the old shape and would refuse the new gradient. A change of
     type on the way makes torch forget it. Where the shape stays, so does the accumulator, on which data
     parallelism has its hooks.
+
+    Raises:
+        TypeError: for a sharded one.
     """
+    refuse_shards(parameter)
     if parameter.shape != data.shape:
         other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=parameter.device)
@@ -177,8 +210,9 @@ def install(layer: LowRankModule, slot: Slot, u: Tensor, sigma: Tensor, vh: Tens
     else:
         trained = layer._parameters[slot.weight]
         assert trained is not None
+        refuse_shards(trained)
         new_u, new_vh = (nn.Parameter(value, trained.requires_grad and layer.trains_bases) for value in (u, vh))
-        _rename(layer, {slot.weight: {u_name: new_u, sigma_name: trained, vh_name: new_vh}})
+        rename(layer, {slot.weight: {u_name: new_u, sigma_name: trained, vh_name: new_vh}})
     assert trained is not None
     replace_data(trained, sigma)
     return trained
@@ -189,14 +223,15 @@ def uninstall(layer: LowRankModule, slot: Slot) -> None:
     u_name, sigma_name, vh_name = slot.names
     core = layer._parameters[sigma_name]
     assert core is not None
+    refuse_shards(core)
     with torch.no_grad():
         weight = layer.dense_weight(slot).contiguous()
     core.requires_grad_(any(factor.requires_grad for factor in layer.factors(slot)))
-    _rename(layer, {u_name: {}, sigma_name: {slot.weight: core}, vh_name: {}})
+    rename(layer, {u_name: {}, sigma_name: {slot.weight: core}, vh_name: {}})
     replace_data(core, weight)
 
 
-def _rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> None:
+def rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> None:
     """Replaces parameters by others in their very places: the order of `parameters()` is part of a contract."""
     entries: dict[str, nn.Parameter | None] = {}
     for name, parameter in layer._parameters.items():

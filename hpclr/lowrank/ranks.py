@@ -13,14 +13,12 @@ have produced; they need the size of the noise, or estimate it from the median s
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-TRACY_WIDOM_95 = 0.9793
-"""95 % quantile of the Tracy-Widom law for real matrices (β = 1)."""
+from hpclr.lowrank.noise import marchenko_pastur_median, noise_edge, optimal_threshold
 
 
 class RankRule(Protocol):
@@ -129,7 +127,7 @@ class MarchenkoPastur:
         """Count the singular values above the edge of the noise."""
         spectrum = _positive_spectrum(singular_values, shape)
         noise = _noise_level(spectrum, shape) if self.noise is None else self.noise
-        return int((spectrum > noise * _noise_edge(shape)).sum())
+        return int((spectrum > noise * noise_edge(shape)).sum())
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,15 @@ def rank_rule(spec: float | Mapping[str, Any] | RankRule) -> RankRule:
     )
 
 
+def label_of(rule: RankRule) -> str:
+    """Return a rule as few words: its name in a run file and its numbers; of one that is not ours, its own words."""
+    name = next((name for name, kind in _RULES.items() if type(rule) is kind), None)
+    if name is None:
+        return str(rule)
+    numbers = (getattr(rule, field.name) for field in fields(_RULES[name]))
+    return " ".join([name, *(f"{number:g}" for number in numbers if number is not None)])
+
+
 def noise_level(singular_values: Tensor, shape: tuple[int, int]) -> float:
     """Estimate the standard deviation of the noise in a weight from its median singular value.
 
@@ -205,6 +212,11 @@ def noise_level(singular_values: Tensor, shape: tuple[int, int]) -> float:
     return _noise_level(_positive_spectrum(singular_values, shape), shape)
 
 
+def noise_judged_by(rule: MarchenkoPastur | GavishDonoho, singular_values: Tensor, shape: tuple[int, int]) -> float:
+    """Return the noise that a rule takes this spectrum to hold: its own or, if it has none, the estimate."""
+    return noise_level(singular_values, shape) if rule.noise is None else rule.noise
+
+
 def noise_estimated_by(rule: RankRule, singular_values: Tensor, shape: tuple[int, int]) -> float | None:
     """Return the noise that a rule would estimate from this spectrum; None if it estimates none, or finds none."""
     if not isinstance(rule, MarchenkoPastur | GavishDonoho) or rule.noise is not None:
@@ -217,52 +229,6 @@ def with_noise(rule: RankRule, noise: float | None) -> RankRule:
     if noise is None or not isinstance(rule, MarchenkoPastur | GavishDonoho) or rule.noise is not None:
         return rule
     return replace(rule, noise=noise)
-
-
-@lru_cache(maxsize=1024)
-def marchenko_pastur_median(aspect: float) -> float:
-    """Return the median of the Marchenko-Pastur law of eigenvalues.
-
-    The law is that of Z Zᵀ / long for Z of shape (short, long) with entries of variance 1. With
-    x(θ) = 1 + β + 2√β cos θ the mass above x(θ) has a closed form, which bisection inverts.
-
-    Args:
-        aspect: β = short / long, in (0, 1].
-    """
-    low, high = 0.0, math.pi
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _mass_above(middle, aspect) < 0.5:
-            low = middle
-        else:
-            high = middle
-    return 1 + aspect + 2 * math.sqrt(aspect) * math.cos(low)
-
-
-def optimal_threshold(aspect: float) -> float:
-    """Return λ(β) of Gavish and Donoho, in units of noise · √long; 4/√3 for square matrices.
-
-    Args:
-        aspect: β = short / long, in (0, 1].
-    """
-    root = math.sqrt(aspect**2 + 14 * aspect + 1)
-    return math.sqrt(2 * (aspect + 1) + 8 * aspect / (aspect + 1 + root))
-
-
-def _mass_above(angle: float, aspect: float) -> float:
-    """Return the Marchenko-Pastur mass above x(angle): ∫ (2/π) sin²θ / x(θ) dθ from 0 to `angle`."""
-    r = math.sqrt(aspect)
-    turn = math.atan2((1 - r) * math.sin(angle / 2), (1 + r) * math.cos(angle / 2))
-    integral = (1 + aspect) * angle - 2 * (1 - aspect) * turn - 2 * r * math.sin(angle)
-    return integral / (2 * math.pi * aspect)
-
-
-def _noise_edge(shape: tuple[int, int]) -> float:
-    """Return the 95 % quantile of the largest singular value of noise with variance 1."""
-    rows, columns = (math.sqrt(size - 0.5) for size in shape)
-    centre = (rows + columns) ** 2
-    scale = (rows + columns) * (1 / rows + 1 / columns) ** (1 / 3)
-    return math.sqrt(centre + TRACY_WIDOM_95 * scale)
 
 
 def _noise_level(spectrum: Tensor, shape: tuple[int, int]) -> float:

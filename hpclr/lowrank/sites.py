@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from hpclr.lowrank.factors import SVD, svd
 from hpclr.lowrank.kinds import KINDS, Kinds, kind_of, lowrank_class, slots_of
-from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, uninstall
+from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, is_sharded, uninstall
 from hpclr.lowrank.product import Factors
 
 
@@ -25,6 +26,7 @@ class WeightSite:
     module: nn.Module
     slot: Slot
     kinds: Kinds = KINDS  # the form it takes if it is dense and becomes factored
+    owner: nn.Module | None = None  # of an attention layer's output projection: that layer
 
     def key(self, parameter: str) -> str:
         """The name in the model's state dict of one of the module's parameters."""
@@ -62,6 +64,12 @@ class WeightSite:
         return int(getattr(self.module, "groups", 1))
 
     @property
+    def positions(self) -> int | None:
+        """Positions of a convolution's kernel, 9 for 3×3; None for anything else."""
+        size = getattr(self.module, "kernel_size", None)
+        return None if size is None else prod(size)
+
+    @property
     def rank(self) -> int:
         """k of a converted weight, min(m, n) of a dense one."""
         return self.parameter.shape[0] if self.is_lowrank else min(self.shape)
@@ -81,7 +89,7 @@ class WeightSite:
     def convert(self, u: Tensor, sigma: Tensor, vh: Tensor) -> None:
         """Dense to factored, or to other factors, in the parameter's own type."""
         like = self.parameter
-        factors = (t.to(device=like.device, dtype=like.dtype).contiguous() for t in (u, sigma, vh))
+        factors = (_compact(t.to(device=like.device, dtype=like.dtype)) for t in (u, sigma, vh))
         install(self._specialised(), self.slot, *factors)
 
     def set_rank(self, rank: int) -> None:
@@ -90,9 +98,13 @@ class WeightSite:
             self._specialised().resize(self.slot, rank)
 
     def _specialised(self) -> LowRankModule:
-        """The module, of a class that can hold factors."""
-        if not isinstance(self.module, LowRankModule):
-            self.module.__class__ = cast(Any, lowrank_class(type(self.module), self.kinds))
+        """The module, of a class that can hold factors.
+
+        torch's attention reads the weight of its output projection, which would be rebuilt; a class of ours calls it.
+        """
+        for module in (self.module, self.owner):
+            if module is not None and not isinstance(module, LowRankModule):
+                module.__class__ = cast(Any, lowrank_class(type(module), self.kinds))
         return cast(LowRankModule, self.module)
 
     def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
@@ -103,10 +115,9 @@ class WeightSite:
 
     def densify(self) -> None:
         """Factored to dense, and the module to its own class once nothing in it is factored."""
-        module = cast(LowRankModule, self.module)
-        uninstall(module, self.slot)
-        if not any(module.is_lowrank(slot) for slot in module.slots):
-            module.__class__ = cast(Any, module.dense_class)
+        uninstall(cast(LowRankModule, self.module), self.slot)
+        release(self.module)
+        release(self.owner)
 
     def take_form(self, kinds: Kinds) -> None:
         """Makes these the kinds by which it is, or will be, factored; a module of other kinds becomes dense first."""
@@ -118,6 +129,20 @@ class WeightSite:
             module.__class__ = cast(Any, module.dense_class)
         self.kinds = kinds
         self.slot = next(slot for slot in slots_of(module, kinds) if slot.weight == self.slot.weight)
+
+
+def release(module: nn.Module | None) -> None:
+    """Gives a module its own class back if nothing in it, nor the output projection of attention, is factored."""
+    if not isinstance(module, LowRankModule) or isinstance(getattr(module, "out_proj", None), LowRankModule):
+        return
+    if not any(module.is_lowrank(slot) for slot in module.slots):
+        module.__class__ = cast(Any, module.dense_class)
+
+
+def _compact(part: Tensor) -> Tensor:
+    """Contiguous, in memory of its own: not within a larger matrix, all of which it would keep alive."""
+    part = part.contiguous()
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
 @dataclass
@@ -180,13 +205,16 @@ def select(
 
 def _sites(model: nn.Module, selection: Selection, kinds: Kinds) -> Iterator[WeightSite]:
     """Every weight of an eligible kind; other layers with parameters go into the selection with the reason."""
+    owners: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         found = [slot for slot in slots_of(module, kinds) if holds(module, slot)]
+        if found and isinstance(module, nn.MultiheadAttention):
+            owners[module.out_proj] = module
         for slot in found:
             stem = slot.stem.rstrip("_")
             site_name = ".".join(filter(None, (name, stem))) or _class_name(module)
             selection.order.append(site_name)
-            yield WeightSite(site_name, name, module, slot, kinds)
+            yield WeightSite(site_name, name, module, slot, kinds, owners.get(module))
         if not found and module._parameters:
             selection.order.append(name or _class_name(module))
             selection.left_alone[selection.order[-1]] = _why_no_site(module)
@@ -226,7 +254,7 @@ def _unsuitable(site: WeightSite, weight: Any) -> str | None:
         return f"it has an attribute '{taken[0]}' of its own, the name of a factor"
     if is_lazy(weight):
         return "lazy: its shape is not known yet; run one batch through the model first"
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter and not is_sharded(weight):
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
@@ -236,7 +264,7 @@ def _unsuitable(site: WeightSite, weight: Any) -> str | None:
 
 
 def _unwanted(site: WeightSite, weight: nn.Parameter, shared: Counter[int], max_aspect: float) -> str | None:
-    if shared[weight.data_ptr()] > 1:
+    if shared[_place(weight)] > 1:
         return "tied: its weight is shared with another layer"
     if not weight.requires_grad:
         return "frozen: its weight does not require gradients"
@@ -254,8 +282,13 @@ def _shared_storage(model: nn.Module) -> Counter[int]:
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not is_lazy(parameter) and parameter.numel() and not parameter.is_meta:
-                counts[parameter.data_ptr()] += 1
+                counts[_place(parameter)] += 1
     return counts
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Where its memory begins; of a sharded one, parts of which may be empty, the object itself tells."""
+    return id(parameter) if is_sharded(parameter) else parameter.data_ptr()
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

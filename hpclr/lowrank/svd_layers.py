@@ -17,6 +17,7 @@ the forward pass, so that the choice is the same with one and without.
 
 from math import prod
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ from hpclr.lowrank.kinds import (
     subclass_of,
 )
 from hpclr.lowrank.layers import LowRankModule, Slot
-from hpclr.lowrank.product import CONVOLUTIONS, Arithmetic, ConvGeometry, Factors, pointwise
+from hpclr.lowrank.product import CONVOLUTIONS, Arithmetic, ConvGeometry, Factors, for_each_group, pointwise
 
 
 def dense(factors: Factors) -> Tensor:
@@ -54,7 +55,9 @@ def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
     (m, k), n = u.shape, vh.shape[1]
     rows = prod(x.shape[:-1])
     if cheaper(through=rows * k * (n + m), rebuilt=(rows + k) * m * n):
-        return F.linear(F.linear(x, vh), u * s, bias)
+        h = F.linear(x, vh)
+        any_number = torch.compiler.is_compiling() and not s.requires_grad  # as programs are exported for
+        return F.linear(h * s, u, bias) if any_number or rows < m else F.linear(h, u * s, bias)
     return F.linear(x, dense(factors), bias)
 
 
@@ -66,7 +69,7 @@ def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: Conv
     rows = x.shape[0] * geometry.positions(tuple(x.shape[2:]))
     convolve = CONVOLUTIONS[len(kernel)]
     if cheaper(through=rows * k * (groups * n + m), rebuilt=(rows + k) * m * n):
-        h = convolve(x, _for_each_group(vh.reshape(k, -1, *kernel), groups), None, stride, padding, dilation, groups)
+        h = convolve(x, for_each_group(vh.reshape(k, -1, *kernel), groups), None, stride, padding, dilation, groups)
         return pointwise(h, u * s, bias, groups)
     return convolve(x, dense(factors).reshape(m, -1, *kernel), bias, stride, padding, dilation, groups)
 
@@ -81,16 +84,11 @@ def separable(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGe
     down = ConvGeometry((kh, 1), (sh, 1), (ph, 0), (dh, 1), groups)
     between, rows = (x.shape[0] * step.positions(tuple(x.shape[2:])) for step in (down, geometry))
     if cheaper(through=k * (between * groups * n + rows * m), rebuilt=(rows + k) * m * n):
-        h = F.conv2d(x, _for_each_group(vh.reshape(k, -1, kh, 1), groups), None, *down[1:])
+        h = F.conv2d(x, for_each_group(vh.reshape(k, -1, kh, 1), groups), None, *down[1:])
         across = (u * s).reshape(-1, kw, 1, k).permute(0, 3, 2, 1)
         return F.conv2d(h, across, bias, (1, sw), (0, pw), (1, dw), groups)
     weight = _from_spatial(dense(factors), (kh, kw))
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
-
-
-def _for_each_group(filters: Tensor, groups: int) -> Tensor:
-    """The k filters once for every group."""
-    return filters.repeat(groups, *(1 for _ in filters.shape[1:])) if groups > 1 else filters
 
 
 def _from_spatial(matrix: Tensor, kernel: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,14 @@ class Method(ABC):
 
     Attributes:
         checks: how many checks this object has made; a loop sees by it that there is something to record.
+        adapts: whether it adds parameters to the model from the first step on.
+        dense_form: makes a copy of the model dense, in place, to count what it would cost so; None where
+            `hpclr.lowrank` knows how.
     """
 
     checks = 0
+    adapts: ClassVar[bool] = False
+    dense_form: Callable[[nn.Module], nn.Module] | None = None
 
     @abstractmethod
     def step(self) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hpclr.lowrank import WeightSite
+from hpclr.lowrank.layers import is_sharded
 from hpclr.methods.placement import Placement
 from hpclr.methods.schedule import is_number
 
@@ -125,11 +126,16 @@ def placement_of(model: nn.Module) -> Placement | None:
     return found if isinstance(found, Placement) else None
 
 
-def check_model(model: nn.Module) -> nn.Module:
+def check_model(model: nn.Module, *, sharded: bool = False) -> nn.Module:
     """The module whose layers are to be converted: inside a replica or a compiled one, the original.
 
+    Args:
+        model: what the user passed.
+        sharded: whether the method can train a model of which each process holds a part.
+
     Raises:
-        TypeError: if it is not a module, or is wrapped so that its parameters cannot change shape.
+        TypeError: if it is not a module, or is wrapped so that its parameters cannot change shape, or sharded in a way
+            that the method cannot follow.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
@@ -141,7 +147,32 @@ def check_model(model: nn.Module) -> nn.Module:
             "training changes them. Use `replica = hpclr.parallel.Replica(model)` in its place, which renews it after "
             "each change, and give the replica to the method."
         )
+    _check_shards(original, placement_of(model), sharded)
     return original
+
+
+def _check_shards(model: nn.Module, placement: Placement | None, supported: bool) -> None:
+    held = any(is_sharded(parameter) for parameter in model.parameters())
+    if held and (placement is None or not placement.sharded):
+        raise TypeError(
+            "the model's parameters are sharded, as by fully_shard, which fixes their shapes; low-rank training "
+            "changes them. Use `sharded = hpclr.parallel.Sharded(model)` on the model as it was before, and give that "
+            "to OIALR."
+        )
+    if held and not supported:
+        raise TypeError(
+            "of all methods only OIALR can train a model that is sharded over the processes; use OIALR, or "
+            "hpclr.parallel.Replica in place of Sharded where the whole model fits on one device"
+        )
+
+
+def check_whole(placement: Placement) -> None:
+    """Raises TypeError where nobody can follow the changes of a layer, as each process holds a part of it."""
+    if placement.sharded:
+        raise TypeError(
+            "averages and others that follow the changes of basis cannot do so on a sharded model, of which each "
+            "process holds a part; do without, or use hpclr.parallel.Replica where the whole model fits on one device"
+        )
 
 
 def check_layers(found: Collection[str], left_alone: Mapping[str, str], method: str) -> None:

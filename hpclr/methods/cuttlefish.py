@@ -154,7 +154,7 @@ class Cuttlefish(TwoFactors):
 
     def _stable_ranks_now(self) -> dict[str, Outcome]:
         """Measured by one process for each layer, known to all."""
-        return self._placement.share(operations(self._sites), lambda name: _measured(self._sites[name]), {})
+        return dict(self._placement.share(operations(self._sites), lambda name: _measured(self._sites[name]), {}))
 
     def _product(self, site: WeightSite) -> SVD | int:
         first = self._first[site.name]

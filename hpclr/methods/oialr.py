@@ -13,7 +13,7 @@ Gradients and the optimiser's moments are rotated with the basis (`lowrank.momen
 as if nothing had happened but the cut. Steps are those the optimiser has really taken.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any, Literal
 
@@ -21,13 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpclr.lowrank import KINDS, BasisChange, RankRule, WeightSite, rank_rule, select
-from hpclr.lowrank.factors import SVD, FactorizationError
-from hpclr.lowrank.moments import carry, check_optimizer
+from hpclr.lowrank import KINDS, RankRule, WeightSite, rank_rule, select
+from hpclr.lowrank.factors import SVD, finite, polar, working_dtype
+from hpclr.lowrank.moments import check_optimizer
 from hpclr.lowrank.product import pays
-from hpclr.lowrank.ranks import noise_estimated_by, with_noise
+from hpclr.lowrank.ranks import with_noise
+from hpclr.lowrank.spectra import measured_in
 from hpclr.methods.base import ChangeHook, Method, no_penalty
-from hpclr.methods.checks import check_layers, check_model, check_saved, check_saved_by, check_settings, placement_of
+from hpclr.methods.checks import (
+    check_layers,
+    check_model,
+    check_saved,
+    check_saved_by,
+    check_settings,
+    check_whole,
+    placement_of,
+)
+from hpclr.methods.factoring import change_basis, share_outcomes
 from hpclr.methods.placement import Here, Outcome, Placement
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.methods.stability import StabilityTracker
@@ -101,7 +111,7 @@ class OIALR(Method):
         check_settings(
             every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
         )
-        self._model = check_model(model)
+        self._model = check_model(model, sharded=True)
         names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}
         chosen = select(self._model, max_aspect=max_aspect, kinds=KINDS, **names, **ends)  # type: ignore[arg-type]
         self._sites = {site.name: site for site in chosen.eligible}
@@ -154,7 +164,12 @@ class OIALR(Method):
         return no_penalty(self._model)
 
     def on_change(self, hook: ChangeHook) -> None:
-        """Has `hook` called with every later change of basis."""
+        """Has `hook` called with every later change of basis.
+
+        Raises:
+            TypeError: for a sharded model, of which whatever would follow holds only a part.
+        """
+        check_whole(self._placement)
         self._hooks.append(hook)
 
     def step(self) -> None:
@@ -167,25 +182,21 @@ class OIALR(Method):
         """The bases at the start, which the first check compares with; without a delay that check is now."""
         self._last_check = self._schedule.latest(0)
         self._tracker.begin(self._sites, whole=self._schedule.is_due(0))
-        for name, outcome in self._share(self._first_look).items():
+        for name, outcome in self._share(self._first_look):
             if outcome.failed is not None:
                 raise ValueError(f"layer '{name}': {outcome.failed}")
         if self._schedule.delay == 0:
             self._check(0)
 
     def _first_look(self, site: WeightSite) -> Outcome:
-        try:
-            basis = self._placement.decompose(site.core(), dense=True)
-        except FactorizationError as error:
-            return Outcome(site.rank, None, None, failed=str(error))
+        weight = finite(site.core(), "basis")
         if self._schedule.delay > 0:
-            self._tracker.remember(site.name, basis)
+            self._tracker.remember(site.name, self._placement.measure(weight, None, dense=not site.is_lowrank).polar)
         return Outcome(site.rank, None, None)
 
-    def _share(self, examine: Callable[[WeightSite], Outcome]) -> dict[str, Outcome]:
+    def _share(self, examine: Callable[[WeightSite], Outcome]) -> Iterator[tuple[str, Outcome]]:
         """Each layer examined by one process, the outcomes on all."""
-        costs = {name: float(site.rank**2 * max(site.core().shape)) for name, site in self._sites.items()}
-        return self._placement.share(costs, lambda name: examine(self._sites[name]), self._tracker.memory)
+        return share_outcomes(self._placement, self._sites, examine, self._tracker.memory)
 
     @torch.no_grad()
     def _check(self, j: int) -> None:
@@ -194,34 +205,45 @@ class OIALR(Method):
         self.checks += 1
         names = list(self._sites)
         covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
-        for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)).items():
+        for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)):
             self._apply(self._sites[name], outcome)
         self._placement.confirm(self.ranks, self._model.parameters())
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
-        try:
-            # float64, since the rounding of rotations adds up over the checks
-            core = site.core().double() if site.is_lowrank else site.core()
-            basis = self._placement.decompose(core, dense=not site.is_lowrank)
-        except FactorizationError as error:
-            return Outcome(site.rank, None, None, failed=str(error))
-        stability = self._tracker.measure(site.name, basis)
-        rank = self._rank(site, basis)
-        if site.is_lowrank:
-            keep = self._cut(site, rank) if covered else None
-        else:
-            settled = self._when_stable and self._tracker.settles(site.name, stability)
-            keep = self._converted_rank(site, rank, due=j >= 0, covered=covered, settled=settled)
-        change = None if keep is None else SVD(basis.u[:, :keep], basis.s[:keep], basis.vh[:keep])
-        # only the whole spectrum of a dense weight tells the noise in it
-        noise = None if site.is_lowrank else noise_estimated_by(self._rule, basis.s, site.shape)
-        return Outcome(rank, stability, change, noise)
+        return self._examine_sigma(site, covered) if site.is_lowrank else self._examine_weight(site, j, covered)
 
-    def _rank(self, site: WeightSite, basis: SVD) -> int:
-        """What the rule keeps, not below the floor."""
+    def _examine_weight(self, site: WeightSite, j: int, covered: bool) -> Outcome:
+        """W: how much of its basis it has kept, the rank it would have, and its factors if it is converted now."""
+        weight, due = site.core(), j >= 0
+        # the factors of a weight tell all else too, if it is known beforehand that they will be needed
+        basis = self._placement.decompose(weight, dense=True) if due and not self._when_it_pays else None
+        found = measured_in(basis, self._rule) if basis else self._placement.measure(weight, self._rule, dense=True)
+        stability = self._tracker.measure(site.name, found.polar)
+        settled = self._when_stable and self._tracker.settles(site.name, stability)
+        rank = self._limited(site, found.rank)
+        keep = self._converted_rank(site, rank, due=due, covered=covered, settled=settled)
+        if keep is not None:
+            basis = (basis or self._placement.decompose(weight, dense=True)).leading(keep)
+        # only the whole spectrum of a dense weight tells the noise in it
+        return Outcome(rank, stability, basis, found.noise)
+
+    def _examine_sigma(self, site: WeightSite, covered: bool) -> Outcome:
+        """Σ: how much of its basis it has kept, and what it is re-factorised to, if the check covers it."""
+        sigma = site.core()
+        if not covered:
+            found = self._placement.measure(sigma, None, dense=False)
+            return Outcome(site.rank, self._tracker.measure(site.name, found.polar), None)
+        basis = self._placement.decompose(sigma, dense=False)
+        stability = self._tracker.measure(site.name, polar(basis.to(working_dtype(sigma.dtype))))
+        rule = with_noise(self._rule, self._noise.get(site.name))
+        rank = self._limited(site, rule(basis.s, site.shape))
+        keep = self._cut(site, rank)
+        return Outcome(rank, stability, None if keep is None else basis.leading(keep))
+
+    def _limited(self, site: WeightSite, rank: int | None) -> int:
+        """The rank that the rule keeps, not below the floor."""
         least = max(1, ceil(self._min_rank * min(site.shape)))
-        rule = with_noise(self._rule, self._noise.get(site.name)) if site.is_lowrank else self._rule
-        return min(site.rank, max(least, rule(basis.s, site.shape)))
+        return min(site.rank, max(least, rank or 0))
 
     def _cut(self, site: WeightSite, rank: int) -> int | None:
         """The rank to which a converted layer is re-factorised; None leaves its basis as it is."""
@@ -234,7 +256,9 @@ class OIALR(Method):
         """The rank at which a dense layer is converted now; None leaves it dense."""
         if not self._when_it_pays:
             return site.rank if due or settled else None
-        return rank if (covered or settled) and pays(*site.shape, rank, groups=site.groups) else None
+        if not (covered or settled):
+            return None
+        return rank if pays(*site.shape, rank, groups=site.groups, positions=site.positions) else None
 
     def _apply(self, site: WeightSite, outcome: Outcome) -> None:
         self.failures += outcome.failed is not None
@@ -245,20 +269,11 @@ class OIALR(Method):
             self._tracker.record(site.name, outcome.stability)
         if outcome.basis is not None:
             self._change_basis(site, outcome.basis)
-            self._tracker.rebase(site.name, outcome.basis.s)
+            self._tracker.rebase(site.name, outcome.basis.s.to(working_dtype(site.parameter.dtype)))
 
     def _change_basis(self, site: WeightSite, basis: SVD) -> None:
-        """W or Σ = L Σ' Rᵀ: the factors, the gradient, the moments and whoever else follows, all together."""
-        left, right = basis.u, basis.vh.mT
-        old_shape, old_grad = site.parameter.shape, site.parameter.grad
-        if site.is_lowrank:
-            old = site.factors
-            change = BasisChange(site.name, site.parameter, left, right)
-            site.convert(old.u.to(left) @ left, torch.diag(basis.s), right.mT @ old.vh.to(right))
-        else:
-            change = BasisChange(site.name, site.parameter, left, right, site.to_matrix)
-            site.convert(basis.u, torch.diag(basis.s), basis.vh)
-        carry(self._optimizer, change, old_shape, old_grad)
+        with self._placement.whole(site, self._optimizer):
+            change = change_basis(site, basis, self._optimizer)
         for hook in self._hooks:
             hook(change)
 
@@ -289,10 +304,9 @@ class OIALR(Method):
         check_saved_by("oialr", state, ("watched",))
         check_saved(state["watched"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
-            if name in state["ranks"]:
-                site.set_rank(int(state["ranks"][name]))
-            elif site.is_lowrank:
-                site.densify()
+            if name in state["ranks"] or site.is_lowrank:
+                with self._placement.whole(site, self._optimizer):
+                    site.set_rank(int(state["ranks"][name])) if name in state["ranks"] else site.densify()
         self._counter.taken = int(state["steps"])
         # a run made longer has its checks elsewhere, if they are fractions of it
         self._last_check = min(int(state["last_check"]), self._schedule.latest(self.steps))

@@ -187,7 +187,7 @@ class SVDTraining(Method):
     def _convert(self, init: str) -> None:
         """W → U diag(s) Vᵀ; each decomposed by one process, the factors on all."""
         dense = {name: site for name, site in self._sites.items() if not site.is_lowrank}
-        outcomes = share_factors(self._placement, dense, lambda site: self._decomposed(site, init))
+        outcomes = dict(share_factors(self._placement, dense, lambda site: self._decomposed(site, init)))
         refuse_failed(outcomes)
         for name, site in self._sites.items():
             if name in outcomes and (basis := outcomes[name].basis) is not None:

@@ -125,11 +125,11 @@ class TwoFactors(Method):
     def _convert(self) -> None:
         """W → A B; each decomposed by one process, the factors on all."""
         outcomes = share_factors(self._placement, self._sites, self._product)
-        if self.steps == 0:
-            refuse_failed(outcomes)
+        if self.steps == 0:  # all or none; there are no gradients and moments yet, but room for them
+            outcomes = iter(refuse_failed(dict(outcomes)).items())
         self._converted = True
         self.checks += 1
-        for name, outcome in outcomes.items():
+        for name, outcome in outcomes:
             if outcome.basis is None:
                 self.failures += outcome.failed is not None
                 self._kept_dense[name] = outcome.failed or f"factors of rank {outcome.rank} would save nothing"
@@ -141,10 +141,9 @@ class TwoFactors(Method):
 
     def _leading(self, site: WeightSite, wanted: RankRule, min_rank: float) -> SVD:
         """The decomposition of a weight, cut to what a rule keeps, but not below the floor."""
-        u, s, vh = self._placement.decompose(site.core(), dense=True)
+        basis = self._placement.decompose(site.core(), dense=True)
         least = max(1, share_of_side(min_rank, site.shape))
-        k = min(len(s), max(least, wanted(s, site.shape)))
-        return SVD(u[:, :k], s[:k], vh[:k])
+        return basis.leading(max(least, wanted(basis.s, site.shape)))
 
     def _products(self) -> list[WeightSite]:
         return [site for site in self._sites.values() if site.is_lowrank]

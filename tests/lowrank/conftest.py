@@ -16,8 +16,11 @@ def one_thread_and_a_seed() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["through", "rebuild"])
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both orders of multiplication, whatever the sizes would choose."""
-    monkeypatch.setattr(product, "through_factors", lambda *sizes, **options: request.param == "through")
-    return request.param
+@pytest.fixture(params=["through", "folded", "rebuild"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every order of multiplication, whatever the sizes would choose; "through" is by plain products."""
+    monkeypatch.setattr(product, "through_factors", lambda *sizes, **options: request.param != "rebuild")
+    monkeypatch.setattr(product, "_WORTH_FOLDING", 0 if request.param == "folded" else float("inf"))
+    product._known_order.cache_clear()
+    yield request.param
+    product._known_order.cache_clear()

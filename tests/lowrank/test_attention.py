@@ -139,6 +139,28 @@ def test_partly_converted(kept):
     assert_same_result(copy.deepcopy(low)(*x), layer(*x))
 
 
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 10, "vdim": 6}], ids=["packed", "separate"])
+def test_an_output_projection_alone_is_called_and_not_rebuilt(sizes, monkeypatch):
+    layer = attention(**sizes)
+    x, own_class = inputs(layer), type(layer)
+    low = copy.deepcopy(layer)
+    (report,) = (report for report in factorize(low, include=["out_proj"]) if report.converted)
+    assert report.name == "out_proj"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(low.out_proj), "dense_weight", None)
+        assert_same_result(low(*x), layer(*x))
+        if not sizes:
+            assert_same_result(low(x[0], x[0], x[0]), layer(x[0], x[0], x[0]))
+    assert_same_result(copy.deepcopy(low)(*x), layer(*x))
+    factorize(low)
+    assert_same_result(low(*x), layer(*x))
+    for name in (["in_proj"] if not sizes else ["q_proj", "k_proj", "v_proj"]) + ["out_proj"]:
+        assert type(low) is not own_class
+        next(site for site in select(low).eligible if site.name == name).densify()
+    assert type(low) is own_class
+    assert_same_result(low(*x), layer(*x))
+
+
 def encoder_layer(**options):
     return nn.TransformerEncoderLayer(E, H, 24, 0.1, batch_first=True, **options).double()
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lowrank_helpers import LAYERS, LINEAR, TOLERANCE, assert_near, converted, dense_twin, distance, only_site
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpclr.lowrank import factorize, product
@@ -111,6 +112,77 @@ def test_gradients_of_single_samples_by_vmap(kind, order):
     for gradient, sample in zip(found, x, strict=True):
         (expected,) = torch.autograd.grad(layer(sample.unsqueeze(0)).square().sum(), parameters["sigma"])
         assert_near(gradient, expected)
+
+
+SMALL = {"linear": (nn.Linear, (6, 5), (7, 6)), "conv": (nn.Conv1d, (4, 6, 3), (7, 4, 9))}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_forward_mode_and_hessians_are_those_of_the_dense_layer(kind, order):
+    make, sizes, shape = SMALL[kind]
+    layer, x, along = converted(make(*sizes).double(), 2), torch.randn(shape).double(), torch.randn(shape).double()
+    dense = dense_twin(layer)
+    assert_near(*(torch.func.jvp(f, (x,), (along,))[1] for f in (layer, dense)))
+    with forward_ad.dual_level():
+        assert_near(*(forward_ad.unpack_dual(f(forward_ad.make_dual(x, along))).tangent for f in (layer, dense)))
+    assert_near(*(torch.func.hessian(lambda x, f=f: f(x).square().sum())(x[:1]) for f in (layer, dense)))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_torch_func_differentiates_with_regard_to_whatever_it_is_told_to(kind, order):
+    """Frozen factors included: there `requires_grad` means nothing."""
+    make, sizes, shape = SMALL[kind]
+    layer, x = converted(make(*sizes).double(), 2), torch.randn(shape).double()
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    layer(x).square().sum().backward()
+    assert_near(found["sigma"], layer.sigma.grad)
+    along = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    _, slope = torch.func.jvp(loss, (parameters,), (along,))
+    assert_near(slope, sum((found[name] * along[name]).sum() for name in along))
+    assert all(gradient.count_nonzero() for gradient in found.values())
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_gradients_of_many_outputs_at_once(kind, order):
+    make, sizes, shape = SMALL[kind]
+    layer, x = converted(make(*sizes).double(), 2), torch.randn(shape).double().requires_grad_()
+    y = layer(x)
+    several, wanted = torch.randn(3, *y.shape).double(), (x, layer.sigma, layer.bias)
+    found = torch.autograd.grad(y, wanted, several, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(several):
+        for batched, expected in zip(found, torch.autograd.grad(y, wanted, one, retain_graph=True), strict=True):
+            assert_near(batched[i], expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_forward_pass_asks_for_nothing_that_is_kept_for_the_backward_pass(groups):
+    """Where what is kept is computed again, as by checkpointing, or lies elsewhere, that would be done in vain."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), converted(nn.Conv2d(4, 6, 3, groups=groups), 2))
+    asked = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: (asked.append(1), tensor)[1]):
+        y = model(torch.randn(5, 4, 20, 20))
+    assert not asked
+    y.sum().backward()
+    assert asked
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_channels_stay_last_in_memory(compiled, order):
+    """Else the backward pass would compute in the other layout, and take twice as long."""
+    layer, x, layout = converted(nn.Conv2d(4, 6, 3), 2), torch.randn(2, 4, 9, 8), torch.channels_last
+    forward = torch.compile(layer, backend="aot_eager") if compiled else layer
+    wanted = torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)[0]
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    y = forward(x)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert y.is_contiguous(memory_format=layout)
+    assert found.is_contiguous(memory_format=layout)
+    assert_near(found, wanted)
 
 
 def test_wrong_input_gets_torchs_own_error(order):

@@ -163,14 +163,15 @@ def meta_loss(rows: int):
     return lambda model: model(torch.empty(rows, 20, device="meta")).sum()
 
 
-def test_training_formulas():
-    rows, k = 50, 2
+@pytest.mark.parametrize("rows", [50, 10**7])
+def test_training_formulas(rows):
+    k, folded = 2, rows > 50
     first, second = 20 * 40, 40 * 30
     assert count_training_flops(two_layers("dense"), meta_loss(rows)) == rows * (4 * first + 6 * second)
     model = two_layers("frozen", k)
-    forward = 2 * rows * k * (20 + 40 + 40 + 30) + 2 * k * k * (40 + 30)
+    forward = 2 * rows * k * (20 + 40 + 40 + 30) + 2 * k * k * (40 + 30 if folded else 2 * rows)
     to_sigma = 2 * rows * k * (40 + 30) + 2 * 2 * rows * k * k
-    to_input = 2 * rows * k * 40 + 2 * rows * k * k
+    to_input = 2 * rows * k * 40 + 2 * k * k * (40 if folded else rows)
     assert count_training_flops(model, meta_loss(rows)) == forward + to_sigma + to_input
     assert count_training_flops(model, meta_loss(rows), dense=True) == rows * (4 * first + 6 * second)
 

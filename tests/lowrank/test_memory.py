@@ -52,3 +52,35 @@ def test_the_input_is_gone_once_nobody_else_needs_it(make, shape, rows):
     del x
     assert gone() is None
     y.sum().backward()
+
+
+@pytest.mark.parametrize("rank", [3, 12, 24])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_behind_a_relu_nothing_is_kept_beside_what_the_relu_keeps(rank, groups):
+    """ReLU keeps its result, the convolution's input, for itself: what else is kept comes on top of the dense one's."""
+    dense = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1, groups=groups))
+    low = nn.Sequential(dense[0], dense[1], converted(dense[2], rank))
+    x = torch.randn(16, 3, 16, 16)
+    assert kept_by_autograd(low, x) <= kept_by_autograd(dense, x) + low[2].vh.numel() * groups
+
+
+def test_behind_a_relu_the_narrow_projection_is_kept_where_the_weight_was_larger():
+    """As in the last layers of a VGG: many channels, few positions; to compute it again would only cost time."""
+    low = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), converted(nn.Conv2d(64, 64, 3, padding=1), 8))
+    x = torch.randn(2, 3, 4, 4)
+    narrow = 2 * 4 * 4 * 8
+    assert kept_by_autograd(low, x) >= x.numel() + 2 * 64 * 16 + narrow
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_right_where_the_projection_is_computed_again(groups):
+    low = converted(nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=groups).double(), 3)
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64, requires_grad=True)
+    sigma = low.sigma.detach().clone().requires_grad_()
+
+    def layer(x, sigma):
+        return torch.func.functional_call(low, {"sigma": sigma}, (torch.sigmoid(x),))
+
+    assert torch.sigmoid(x).grad_fn is not None
+    assert torch.autograd.gradcheck(layer, (x, sigma))
+    assert torch.autograd.gradgradcheck(layer, (x, sigma))

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hpclr.lowrank.noise import marchenko_pastur_median, optimal_threshold
 from hpclr.lowrank.ranks import (
     Energy,
     GavishDonoho,
@@ -20,9 +21,7 @@ from hpclr.lowrank.ranks import (
     RelativeCutoff,
     StableRank,
     SumProportion,
-    marchenko_pastur_median,
     noise_level,
-    optimal_threshold,
     rank_rule,
 )
 

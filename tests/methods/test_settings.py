@@ -204,7 +204,7 @@ def test_a_placement_decides_who_examines_and_all_apply():
     class Backwards(Here):
         def share(self, costs, examine, memory):
             asked.update(costs)
-            return {name: examine(name) for name in reversed(costs)}
+            return ((name, examine(name)) for name in reversed(costs))
 
     oialr = OIALR(model, optimizer, delay=1, every=1, placement=Backwards())
     optimizer.step()

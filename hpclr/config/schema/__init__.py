@@ -5,6 +5,7 @@ A section that comes in kinds (`model`, `schedule`, `method`, a rank rule) is a 
 the first field of such a class is a `Literal` that tells the kinds apart.
 """
 
+from hpclr.config.schema.adapters import Edora, Lora, MoSara, Sara
 from hpclr.config.schema.data import Data
 from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
 from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
@@ -17,7 +18,7 @@ from hpclr.config.schema.rules import (
     StableRankRule,
     SumProportionRule,
 )
-from hpclr.config.schema.run import Checkpoint, Parallel, RunFile, Slurm, Train, Validation
+from hpclr.config.schema.run import Checkpoint, Mlflow, Parallel, RunFile, Slurm, Track, Train, Validation
 from hpclr.config.schema.types import RunName, Section, doc
 
 __all__ = [
@@ -27,12 +28,16 @@ __all__ = [
     "Cuttlefish",
     "Data",
     "Dense",
+    "Edora",
     "EnergyRule",
     "FixedRank",
     "GavishDonohoRule",
     "Gpt2",
+    "Lora",
     "MarchenkoPasturRule",
+    "Mlflow",
     "Mlp",
+    "MoSara",
     "Oialr",
     "OneCycle",
     "Optimizer",
@@ -42,6 +47,7 @@ __all__ = [
     "Resnet",
     "RunFile",
     "RunName",
+    "Sara",
     "Section",
     "Slurm",
     "StableRankRule",
@@ -49,6 +55,7 @@ __all__ = [
     "SumProportionRule",
     "SvdTraining",
     "Target",
+    "Track",
     "Train",
     "Truncate",
     "Validation",

@@ -40,7 +40,7 @@ class Data(Section, kw_only=True, frozen=True):
         Annotated[int, Meta(ge=0, le=256)],
         doc("Processes that read and augment for each training process; 0: it does so itself."),
     ] = 0
-    prefetch: Annotated[Count, doc("Batches that the workers prepare ahead.")] = 2
+    prefetch: Annotated[Count, doc("Batches that are prepared ahead of training.")] = 2
     stage: Annotated[
         FilePath | None,
         doc("Directory on a disk of each node to which the data is copied first; $NAME stands for that variable."),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from hpclr.config.schema.adapters import Edora, Lora, MoSara, Sara
 from hpclr.config.schema.data import Data
 from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
 from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
@@ -122,6 +123,13 @@ class Parallel(Section, kw_only=True, frozen=True):
     ] = 1000
     sync_batchnorm: Annotated[bool, doc("Batch statistics over all processes; on CUDA devices only.")] = False
     unused_parameters: Annotated[bool, doc("Look in every step for parameters that the loss does not need.")] = False
+    shard: Annotated[
+        bool,
+        doc(
+            "Each process holds its share of the weights and of the optimiser's state, for models that do not fit one "
+            "device; with the methods dense and oialr."
+        ),
+    ] = False
 
 
 class Slurm(Section, kw_only=True, frozen=True):
@@ -136,6 +144,28 @@ class Slurm(Section, kw_only=True, frozen=True):
     ] = None
 
 
+class Mlflow(Section, kw_only=True, frozen=True):
+    """Where an MLflow server is told of the run."""
+
+    uri: Annotated[
+        Annotated[str, Meta(min_length=1, title="an MLflow tracking URI")] | None,
+        doc("Of the server, such as https://mlflow.example.org; null: what MLFLOW_TRACKING_URI says."),
+    ] = None
+    experiment: Annotated[
+        Annotated[str, Meta(min_length=1, title="the name of an experiment")],
+        doc("In which the run appears; it is made if it is not there."),
+    ] = "hpclr"
+
+
+class Track(Section, kw_only=True, frozen=True):
+    """Which programs show the run while it trains."""
+
+    tensorboard: Annotated[
+        bool, doc("Write TensorBoard event files into the run directory, with `hpclr[track]` installed.")
+    ] = False
+    mlflow: Annotated[Mlflow | None, doc("Tell MLflow, with `hpclr[mlflow]` installed; null: no.")] = None
+
+
 class RunFile(Section, kw_only=True, frozen=True):
     """A run file, read and checked."""
 
@@ -148,7 +178,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     optimizer: Annotated[Optimizer, doc("How the weights move.")]
     schedule: Annotated[Constant | Cosine | Step | OneCycle, doc("The learning rate's course.")] = Constant()
     method: Annotated[
-        Dense | Oialr | SvdTraining | Truncate | FixedRank | Cuttlefish,
+        Dense | Oialr | SvdTraining | Truncate | FixedRank | Cuttlefish | Sara | MoSara | Edora | Lora,
         doc("Whether and how the weights become low-rank."),
     ] = Dense()
     train: Annotated[Train, doc("How long the run is, and its arithmetic.")]
@@ -156,6 +186,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     checkpoint: Annotated[Checkpoint, doc("When the run is saved.")] = Checkpoint()
     parallel: Annotated[Parallel, doc("How many processes work together.")] = Parallel()
     slurm: Annotated[Slurm, doc("How a run leaves a job that is about to end.")] = Slurm()
+    track: Annotated[Track, doc("Which programs show the run while it trains.")] = Track()
 
     def __post_init__(self) -> None:
         micro, batch = self.train.micro_batch, self.data.batch_size
@@ -163,3 +194,24 @@ class RunFile(Section, kw_only=True, frozen=True):
             raise ValueError(f"train.micro_batch ({micro}) must not exceed data.batch_size ({batch})")
         if self.model.weights_except and self.model.weights is None:
             raise ValueError("model.weights_except says what model.weights leaves as it is, but model.weights is null")
+        if self.parallel.shard:
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        """What does not work where each process holds but a share of the weights."""
+        heat = isinstance(self.method, Oialr) and self.method.svd == "heat"
+        for unfit, found, instead in (
+            (not isinstance(self.method, Dense | Oialr), f"method.name: {self.method.name}", "oialr or dense"),
+            (heat, "method.svd: heat", "spread or rank0"),
+            (self.train.ema is not None, f"train.ema: {self.train.ema}", "null"),
+            (self.train.precision == "fp16", "train.precision: fp16", "bf16 or float32"),
+            (self.optimizer.name.lower().startswith("galore"), f"optimizer.name: {self.optimizer.name}", "adamw"),
+            (self.optimizer.name.lower() == "adafactor", f"optimizer.name: {self.optimizer.name}", "adamw"),
+            (self.parallel.unused_parameters, "parallel.unused_parameters: true", "false"),
+            (self.parallel.sync_batchnorm, "parallel.sync_batchnorm: true", "false"),
+        ):
+            if unfit:
+                raise ValueError(
+                    f"parallel.shard has each process hold a share of the weights, which does not go with {found}; use "
+                    f"{instead}, or set parallel.shard to false"
+                )
