@@ -4,17 +4,20 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
+from hpclr.checkpoint.parts import PartReport
 from hpclr.checkpoint.store import CheckpointStore
-from hpclr.checkpoint.tree import Json, Tree, TreeLike
-from hpclr.checkpoint.writer import size_on_disk
+from hpclr.checkpoint.tree import Json, Piece, TreeLike
+from hpclr.checkpoint.writer import size_of_part, size_on_disk
 
 _Buffers: TypeAlias = dict[tuple[str, ...], torch.Tensor]
+_Done: TypeAlias = tuple[int, PartReport | None]
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class SaveReport:
         step: optimiser steps done.
         blocked: seconds in which the caller was held up: by the copy, or without one until all was over.
         seconds: seconds from the call of `save` until all was over.
-        bytes: size of the file; 0 if there is none.
+        bytes: size of what was written, the parts of an index included; 0 if nothing was.
         error: why nothing was saved, or None.
+        part: what the first process needs to know of a part that was written; None if it was none.
     """
 
     step: int
@@ -34,6 +38,7 @@ class SaveReport:
     seconds: float
     bytes: int = 0
     error: Exception | None = None
+    part: PartReport | None = None
 
 
 class BackgroundSaver:
@@ -42,14 +47,18 @@ class BackgroundSaver:
     The copy's memory is kept and used again for the next tree. As a context manager it waits at the
     end, so that a save in flight is completed also if the block raises.
 
+    Where tensors are sharded, every process calls `write_part`; once the reports of all are there and good, the first
+    process calls `write_index` with them.
+
     Args:
         store: where to save.
         check: called with the tree before anything is written; what it raises is the save's failure.
     """
 
-    def __init__(self, store: CheckpointStore, *, check: Callable[[Tree], None] | None = None) -> None:
-        self._store, self._check = store, check
+    def __init__(self, store: CheckpointStore, *, check: Callable[[Any], None] | None = None) -> None:
+        self.store, self._check = store, check
         self._host = HostCopy()
+        self._of_part: TreeLike = {}
         self._thread: threading.Thread | None = None
         self._reports: deque[SaveReport] = deque()
 
@@ -65,7 +74,7 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def save(
-        self, step: int, tree: Tree, *, metric: float | None = None, best: bool = False, copy: bool = True
+        self, step: int, tree: TreeLike, *, metric: float | None = None, best: bool = False, copy: bool = True
     ) -> None:
         """Copy a tree and save the copy in the background; a save in flight is waited for first.
 
@@ -84,12 +93,42 @@ class BackgroundSaver:
         self.wait()
         size_on_disk(tree)  # a wrong tree is the caller's mistake: it is raised here
         ours = self._host.take(tree) if copy else tree
-        blocked = time.monotonic() - start if copy else None
-        thread = threading.Thread(
-            target=self._run, args=(step, ours, metric, best, start, blocked), name="hpclr-save", daemon=False
-        )
-        thread.start()
-        self._thread = thread
+        self._start(step, lambda: self._saved(step, ours, metric, best), start, blocks=not copy)
+
+    def write_part(self, step: int, tree: TreeLike, process: int, processes: int, *, copy: bool = True) -> None:
+        """Copy a tree and write this process's part of the copy in the background; a save in flight is waited for.
+
+        Args:
+            step: optimiser steps done.
+            tree: as for `CheckpointStore.write_part`; it may change as soon as this returns.
+            process: number of this process.
+            processes: how many write a part.
+            copy: false uses the tree itself, which must not change until the index is written.
+
+        Raises:
+            TypeError, ValueError: the tree cannot be stored.
+            MemoryError: there is no memory for the copy.
+        """
+        start = time.monotonic()
+        self.wait()
+        size_of_part(tree)
+        self._of_part = ours = self._host.take(tree) if copy else tree
+        self._start(step, lambda: self._part_written(step, ours, process, processes), start, blocks=not copy)
+
+    def write_index(
+        self, step: int, parts: Sequence[PartReport], *, metric: float | None = None, best: bool = False
+    ) -> None:
+        """Save, in the background, the rest of the tree that `write_part` had, on the first process.
+
+        Args:
+            step: the same as there.
+            parts: the reports of all processes, in their order.
+            metric: as for `CheckpointStore.save`.
+            best: as for `CheckpointStore.save`.
+        """
+        start = time.monotonic()
+        self.wait()
+        self._start(step, lambda: self._index_written(step, parts, metric, best), start, blocks=False)
 
     def finished(self) -> SaveReport | None:
         """The report of a save that has ended, each once, the oldest first; None if there is none. Does not wait."""
@@ -104,27 +143,46 @@ class BackgroundSaver:
             self._thread = None
         return True
 
-    def _run(
-        self, step: int, tree: Tree, metric: float | None, best: bool, start: float, blocked: float | None
-    ) -> None:
+    def _start(self, step: int, work: Callable[[], _Done], start: float, *, blocks: bool) -> None:
+        """Starts the thread; a caller that says so counts as held up until it ends."""
+        blocked = None if blocks else time.monotonic() - start
+        thread = threading.Thread(target=self._run, args=(step, work, start, blocked), name="hpclr-save", daemon=False)
+        thread.start()
+        self._thread = thread
+
+    def _run(self, step: int, work: Callable[[], _Done], start: float, blocked: float | None) -> None:
         """The thread."""
-        size, fault = 0, None
+        done: _Done = 0, None
+        fault = None
         try:
-            size = self._saved(step, tree, metric, best)
+            done = work()
         except Exception as error:  # whatever it is, it must reach the one who asks for the report
             fault = error
         seconds = time.monotonic() - start
-        self._reports.append(SaveReport(step, seconds if blocked is None else blocked, seconds, size, fault))
+        self._reports.append(
+            SaveReport(step, seconds if blocked is None else blocked, seconds, done[0], fault, done[1])
+        )
 
-    def _saved(self, step: int, tree: Tree, metric: float | None, best: bool) -> int:
-        """Check and save; returns the size of the file in bytes."""
+    def _saved(self, step: int, tree: TreeLike, metric: float | None, best: bool) -> _Done:
         if self._check is not None:
             self._check(tree)
-        path = self._store.save(step, tree, metric=metric, best=best)
+        path = self.store.save(step, tree, metric=metric, best=best)
         try:
-            return path.stat().st_size
+            return path.stat().st_size, None
         except OSError:  # it is saved, whatever the file system says now
-            return size_on_disk(tree)
+            return size_on_disk(tree), None
+
+    def _part_written(self, step: int, tree: TreeLike, process: int, processes: int) -> _Done:
+        if self._check is not None:
+            self._check(tree)
+        report = self.store.write_part(step, tree, process, processes)
+        return report.part.bytes, report
+
+    def _index_written(self, step: int, parts: Sequence[PartReport], metric: float | None, best: bool) -> _Done:
+        path, size = self.store.save(step, self._of_part, parts=parts, metric=metric, best=best), 0
+        with suppress(OSError):
+            size = path.stat().st_size
+        return size + sum(report.part.bytes for report in parts), None
 
 
 class HostCopy:
@@ -133,7 +191,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: _Buffers = {}
 
-    def take(self, tree: TreeLike) -> Tree:
+    def take(self, tree: TreeLike) -> TreeLike:
         """A copy of a tree; it ends the life of the copy taken before.
 
         Raises:
@@ -146,8 +204,8 @@ class HostCopy:
             torch.accelerator.synchronize(device)
         return copied
 
-    def _copy(self, tree: TreeLike, path: tuple[str, ...], before: _Buffers, devices: set[torch.device]) -> Tree:
-        copied: Tree = {}
+    def _copy(self, tree: TreeLike, path: tuple[str, ...], before: _Buffers, devices: set[torch.device]) -> TreeLike:
+        copied: dict[str, Any] = {}
         for key, node in tree.items():
             here = (*path, key)
             if isinstance(node, Mapping):
@@ -155,9 +213,11 @@ class HostCopy:
             elif isinstance(node, Json):
                 copied[key] = copy.deepcopy(node)
             else:
-                copied[key] = self._buffers[here] = _filled(before.pop(here, None), node.detach())
-                if not node.is_cpu:
-                    devices.add(node.device)
+                tensor = node.tensor if isinstance(node, Piece) else node
+                ours = self._buffers[here] = _filled(before.pop(here, None), tensor.detach())
+                copied[key] = replace(node, tensor=ours) if isinstance(node, Piece) else ours
+                if not tensor.is_cpu:
+                    devices.add(tensor.device)
         return copied
 
 

@@ -9,8 +9,8 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from io import FileIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import FileIO, RawIOBase
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -35,12 +35,23 @@ def sidecar_of(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal, read in blocks of 4 MiB."""
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK))
+    """The SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
+        return digest_of(file)
+
+
+def digest_of(file: RawIOBase, advance: Callable[[int], None] = lambda count: None) -> str:
+    """The SHA-256 of all bytes of an open file in hexadecimal, read in blocks of 4 MiB.
+
+    Args:
+        file: may be anywhere; it is at its end afterwards.
+        advance: called with the number of bytes as they are done.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    file.seek(0)
+    while count := file.readinto(block):
+        digest.update(block[:count])
+        advance(count)
     return digest.hexdigest()
 
 
@@ -149,8 +160,8 @@ def read_sidecar(path: Path) -> list[str]:
         raise UsageError(
             f"{path}: there is no {sidecar.name} beside it, so the checkpoint was never committed or was copied "
             f"without its digest; expected a line as `sha256sum {shlex.quote(path.name)}` prints it. Copy the sidecar "
-            "too; without it, `hpclr verify --without-digest` examines the file, and `inspect`, `evaluate` and "
-            "`export` read it with --untrusted."
+            "too; without it, `hpclr verify --without-digest` examines the file, and `inspect`, `evaluate`, "
+            "`export` and `spectrum` read it with --untrusted."
         )
     with sidecar.open("rb") as file:
         content = file.read(_MAX_SIDECAR_BYTES)

@@ -5,22 +5,24 @@ more of it than a few MB, and does not import torch.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
-from hpclr.checkpoint.digest import check_found, read_sidecar
-from hpclr.checkpoint.scan import Entry, Scan, opened
+from hpclr.checkpoint.digest import check_found, digest_of, read_sidecar
+from hpclr.checkpoint.entry import Entry
+from hpclr.checkpoint.parts import MOST_OPEN, Parts, bytes_of_parts, checked
+from hpclr.checkpoint.scan import Scan, opened
 from hpclr.checkpoint.source import FileSource
-from hpclr.errors import HpclrError
+from hpclr.errors import HpclrError, UsageError
 
 MEMORY = 128 << 20
 """Bytes that an examination may take beyond what Python and HDF5 themselves need."""
@@ -28,7 +30,7 @@ MEMORY = 128 << 20
 MAX_JSON_BYTES = 4 << 20
 """Of one value: read, it may take 30 times as much memory."""
 
-_REPORTED = ("run", "method", "position", "sampler", "layers", "tied")
+_REPORTED = ("run", "method", "position", "sampler", "layers", "adapters", "tied")
 _GROUPS = ("optimizer", "groups")
 _BYTES_BETWEEN_REPORTS = 64 << 20
 _OPEN_FILES = 16
@@ -69,7 +71,7 @@ class Survey(msgspec.Struct, frozen=True, tag="good"):
     Attributes:
         version: of the format.
         step: optimiser steps done, as its attribute says.
-        bytes: of the file.
+        bytes: of the file and its parts.
         sha256: of the file, in hexadecimal.
         entries: all of the tree.
         json: the texts of the JSON values that the meaning of a training run's state hangs on, with their paths.
@@ -115,34 +117,47 @@ def main() -> None:
 
 
 def _examine(path: Path, without_digest: bool) -> Survey:
-    source = FileSource(path)
-    _limit_resources(source.size)
-    progress = _Reporter(2 * source.size)
+    source, of_parts = FileSource(path), bytes_of_parts(path)
+    _limit_resources(source.size, of_parts)
+    progress = _Reporter(2 * (source.size + of_parts))
     recorded = None if without_digest else read_sidecar(path)
-    digest = _sha256(source, progress)
+    digest = digest_of(source, progress.advance)
     if recorded is not None:
         check_found(path, digest, recorded, source.size)
+    entries: list[Item] = []
+    texts: list[tuple[tuple[str, ...], str]] = []
     with opened(path, source) as scan:
-        entries: list[Item] = []
-        texts: list[tuple[tuple[str, ...], str]] = []
+        parts = Parts(path, scan.parts)
         for entry in scan.entries():
-            entries.append(_item(scan, entry, texts, progress))
-        return Survey(scan.version, int(scan.attrs["step"]), source.size, digest, entries, texts)
+            entries.append(_item(scan, parts, entry, texts, progress))
+    _check_parts(parts, progress)
+    size = source.size + sum(part.bytes for part in scan.parts)
+    return Survey(scan.version, int(scan.attrs["step"]), size, digest, entries, texts)
 
 
-def _limit_resources(size: int) -> None:
+def _check_parts(parts: Parts, progress: "_Reporter") -> None:
+    """Digests of the parts, the rows in which were found to be right: that leaves what lies between them."""
+    for number in range(len(parts)):
+        with parts.opened(number, "rows of tensors") as source:
+            parts.check_digest(source, number, "rows of tensors", progress.advance)
+
+
+def _limit_resources(size: int, of_parts: int) -> None:
     """What is allowed from here on; HDF5 that runs wild is ended by the system."""
-    seconds = math.ceil(time.process_time() + cpu_seconds(size))
+    seconds = math.ceil(time.process_time() + cpu_seconds(size, of_parts))
     _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     _limit(resource.RLIMIT_AS, *[_address_space() + MEMORY] * 2)
     _limit(resource.RLIMIT_FSIZE, 0, 0)
     _limit(resource.RLIMIT_CORE, 0, 0)
-    _limit(resource.RLIMIT_NOFILE, _OPEN_FILES, _OPEN_FILES)
+    _limit(resource.RLIMIT_NOFILE, *[_OPEN_FILES + (MOST_OPEN if of_parts else 0)] * 2)
 
 
-def cpu_seconds(size: int) -> float:
-    """Processor time that the examination of so many bytes may take."""
-    return 4 + size / 50e6
+def cpu_seconds(size: int, of_parts: int) -> float:
+    """Processor time that the examination of a file of so many bytes may take, with that of its parts.
+
+    Of parts, the file says where each piece of a tensor is, in 40 bytes; to look at it takes some 50 µs.
+    """
+    return 4 + (size + of_parts) / 50e6 + (size / 500e3 if of_parts else 0)
 
 
 def _limit(what: int, soft: int, hard: int) -> None:
@@ -159,24 +174,19 @@ def _address_space() -> int:
     return 472 << 20
 
 
-def _sha256(source: FileSource, progress: "_Reporter") -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    while count := source.readinto(block):
-        digest.update(block[:count])
-        progress.advance(count)
-    return digest.hexdigest()
-
-
-def _item(scan: Scan, entry: Entry, texts: list[tuple[tuple[str, ...], str]], progress: "_Reporter") -> Item:
+def _item(
+    scan: Scan, parts: Parts, entry: Entry, texts: list[tuple[tuple[str, ...], str]], progress: "_Reporter"
+) -> Item:
     """Reads an entry; a JSON value that matters is added to `texts`."""
-    finite = True
+    finite, kind = True, "tensor" if entry.kind == "sharded" else entry.kind
     if entry.kind == "json":
         text = _json_text(scan, entry)
         if entry.keys[0] in _REPORTED or entry.keys == _GROUPS:
             texts.append((entry.keys, text))
-    elif entry.kind == "tensor":
-        finite = _is_finite(scan, entry, progress)
-    return Item(entry.keys, entry.kind, entry.dtype, entry.shape, entry.nbytes, finite)
+    elif kind == "tensor":
+        blocks = scan.blocks(entry) if entry.table is None else _blocks_of_parts(parts, entry)
+        finite = _is_finite(scan, entry, blocks, progress)
+    return Item(entry.keys, kind, entry.dtype, entry.shape, entry.nbytes, finite)
 
 
 def _json_text(scan: Scan, entry: Entry) -> str:
@@ -188,10 +198,24 @@ def _json_text(scan: Scan, entry: Entry) -> str:
     return content.tobytes().decode()
 
 
-def _is_finite(scan: Scan, entry: Entry, progress: "_Reporter") -> bool:
+def _blocks_of_parts(parts: Parts, entry: Entry) -> Iterator[np.ndarray[Any, Any]]:
+    """All data of a sharded tensor, in flat pieces of a few MB; the checksums of its rows are compared."""
+    buffer = np.empty(_BLOCK, np.uint8)
+    for piece in entry.pieces_between(0, entry.shape[0]):
+        size = piece.rows * entry.row_bytes
+        views = (buffer[: min(_BLOCK, size - start)].data for start in range(0, size, _BLOCK))
+        try:
+            source = parts.held_open(piece.part, f"rows of {entry.name}")
+            for view in checked(parts.path(piece.part), source, piece, entry.name, views):
+                yield np.frombuffer(view, entry.numpy_dtype)
+        except OSError as error:  # which would be taken for one of the file that is open as well
+            raise UsageError(f"{parts.path(piece.part)}: the part cannot be read: {error.strerror or error}") from error
+
+
+def _is_finite(scan: Scan, entry: Entry, blocks: Iterable[np.ndarray[Any, Any]], progress: "_Reporter") -> bool:
     """Whether all values are numbers; also reads all of the data, and so checks it."""
     finite = True
-    for block in scan.blocks(entry):
+    for block in blocks:
         if entry.dtype == "bool" and block.max() > 1:
             scan.refuse(entry.name, "bool values 0 and 1", str(block.max()))
         finite = finite and _all_finite(block, entry.dtype)

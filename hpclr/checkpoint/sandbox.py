@@ -18,6 +18,7 @@ from typing import IO
 import msgspec
 
 from hpclr.checkpoint.examination import Item, Message, Progress, Refused, Survey, cpu_seconds
+from hpclr.checkpoint.parts import bytes_of_parts
 from hpclr.checkpoint.source import FileSource
 from hpclr.errors import UsageError
 
@@ -40,7 +41,7 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGI
 
 
 def examine(path: Path, *, without_digest: bool = False, progress: Callable[[int, int], None] | None = None) -> Survey:
-    """Reads all of a checkpoint in a child process with little time and memory, and says what is in it.
+    """Reads all of a checkpoint and its parts in a child process with little time and memory, and says what it holds.
 
     Its digest is compared with its sidecar before HDF5 sees a byte; every checksum is compared, every JSON value
     decoded, every number looked at. Memory does not depend on the file's size.
@@ -55,16 +56,16 @@ def examine(path: Path, *, without_digest: bool = False, progress: Callable[[int
     """
     try:
         with FileSource(path) as source:
-            size = source.size
+            size, of_parts = source.size, bytes_of_parts(path)
     except OSError as error:
         raise UsageError(f"{path}: the file cannot be read: {error.strerror or error}. Check the file.") from error
-    seconds = WALL_SECONDS + size / 10e6
+    seconds = WALL_SECONDS + (size + of_parts) / 10e6
     deadline = time.monotonic() + seconds
     with _started(path, without_digest) as child:
         try:
             end = _listen(child, deadline, progress)
             if isinstance(end, str):
-                end = _end_of(child.wait(deadline - time.monotonic()), size, end)
+                end = _end_of(child.wait(deadline - time.monotonic()), cpu_seconds(size, of_parts), end)
         except (TimeoutError, subprocess.TimeoutExpired):
             end = f"reading it took longer than {seconds:.0f} s"
         except BufferError:
@@ -138,11 +139,11 @@ def _lines(stream: IO[bytes], deadline: float) -> Iterator[bytes]:
     raise BufferError
 
 
-def _end_of(code: int, size: int, said: str) -> str:
+def _end_of(code: int, cpu: float, said: str) -> str:
     """What became of a child that gave no result."""
     if code >= 0:
         return f"the process that looks at it ended with exit code {code} and without a result; it said {said!r}"
     name = signal.Signals(-code).name
     if name in ("SIGXCPU", "SIGKILL"):
-        return f"reading it took more than {cpu_seconds(size):.0f} s of processor time, or the system ended it ({name})"
+        return f"reading it took more than {cpu:.0f} s of processor time, or the system ended it ({name})"
     return f"HDF5 crashed on it ({name})"

@@ -9,8 +9,7 @@ imported here, so that a small process can do it.
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -18,9 +17,12 @@ import h5py
 import numpy as np
 from h5py import h5, h5a, h5d, h5g, h5l, h5o, h5p, h5s, h5t, h5z
 
-from hpclr.checkpoint.format import FORMAT, STORED_AS, VERSION
+from hpclr.checkpoint.entry import Entry
+from hpclr.checkpoint.format import FORMAT, PART_FORMAT, PARTS, SHARDED_VERSION, STORED_AS, TABLE_COLUMNS
+from hpclr.checkpoint.parts import Part
 from hpclr.checkpoint.source import FileSource, Source, check_start, read_at
-from hpclr.checkpoint.tree import MAX_DEPTH, decode_json, unquote_name
+from hpclr.checkpoint.table import MAX_PARTS, fault_of_table, parts_of_json
+from hpclr.checkpoint.tree import MAX_DEPTH, decode_json, show_keys, unquote_name
 from hpclr.errors import UsageError
 
 MAX_OBJECTS = 1_000_000
@@ -28,55 +30,23 @@ MAX_JSON_BYTES = 256 << 20
 _MAX_NAME_BYTES = 4096
 _MAX_ATTRIBUTE_BYTES = 1024
 _MAX_ROOT_ATTRIBUTES = 64
+_BYTES_PER_PART = 128  # in the list of them, at most
 _MAX_CHUNK_BYTES = 8 << 20  # of version 1, which wrote 4 MiB
 _BLOCK = 4 << 20  # bytes read at once
 
 _TYPES = {name: h5t.py_create(np.dtype(name).newbyteorder("<")) for name in set(STORED_AS.values())}
 _LAYOUTS = {h5d.COMPACT: "compact", h5d.CONTIGUOUS: "contiguous", h5d.CHUNKED: "chunked", h5d.VIRTUAL: "virtual"}
-_KINDS: dict[str, Literal["tensor", "json"]] = {"tensor": "tensor", "json": "json"}
+_KINDS: dict[str, Literal["tensor", "json", "sharded"]] = {"tensor": "tensor", "json": "json", "sharded": "sharded"}
 _STUMBLES = (OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError, SystemError)
 _NUMBER_OR_TEXT = (h5t.INTEGER, h5t.FLOAT, h5t.STRING)
 
 
+class OlderVersionError(UsageError):
+    """A good file, but of a version that cannot be read in the way that is asked for."""
+
+
 class NewerVersionError(UsageError):
     """The file is in order, but of a version of the format that this hpclr does not know yet."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A group, a tensor or a JSON value, checked but not read.
-
-    Attributes:
-        keys: the keys on the way to it from the top of the tree.
-        kind: what it is.
-        dtype: torch's name of a tensor's type.
-        shape: of the tensor.
-        stored: the dataset's shape: (1,) for a tensor without axes or elements.
-        nbytes: of the data as it is stored.
-        offset: where the data lies in the file, all of it in one piece; None in version 1.
-        crc32: of the data; None in version 1, where HDF5 checks each chunk.
-        dataset: HDF5's handle.
-    """
-
-    keys: tuple[str, ...]
-    kind: Literal["group", "tensor", "json"]
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    stored: tuple[int, ...] = ()
-    nbytes: int = 0
-    offset: int | None = None
-    crc32: int | None = None
-    dataset: Any = None
-
-    @property
-    def name(self) -> str:
-        """As messages call it."""
-        return _where(self.keys)
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """Of the data as it is stored."""
-        return np.dtype(STORED_AS[self.dtype]).newbyteorder("<")
 
 
 @contextmanager
@@ -87,13 +57,13 @@ def opened(path: Path, source: Source | None = None) -> "Iterator[Scan]":
 
     Args:
         path: the file, as messages call it.
-        source: its bytes, if they are not to be read from there.
+        source: its bytes, if they are not to be read from there; it stays open.
 
     Raises:
         UsageError: the file is missing, or not of this format; `NewerVersionError` if it is newer.
         OSError: it cannot be read for a reason that is not its content.
     """
-    with source or FileSource(path) as source:
+    with nullcontext(source) if source else FileSource(path) as source:
         check_start(path, source)
         source.quiet = True
         try:
@@ -108,6 +78,8 @@ def opened(path: Path, source: Source | None = None) -> "Iterator[Scan]":
                 f"{path}: HDF5 cannot read the file, it is damaged or was not written by hpclr: {error}. "
                 "Use another checkpoint."
             ) from error
+        finally:
+            source.quiet = False
         if source.fault is not None:
             raise source.fault
 
@@ -119,6 +91,7 @@ class Scan:
         path: of the file.
         version: of the format.
         attrs: the root attributes.
+        parts: the files that hold the rows of sharded tensors.
     """
 
     def __init__(self, path: Path, source: Source, file: h5py.File) -> None:
@@ -131,6 +104,10 @@ class Scan:
         self._extents: list[tuple[int, int, str]] = []
         self.attrs = self._root_attributes()
         self.version = int(self.attrs["version"])
+        self.parts: tuple[Part, ...] = ()
+        if self.version >= SHARDED_VERSION:
+            self.parts = self._listed_parts()
+        self._left = np.array([part.bytes for part in self.parts], np.int64)
 
     # What is there
 
@@ -148,22 +125,24 @@ class Scan:
 
     def refuse(self, where: str, expected: str, found: str) -> NoReturn:
         """Says what is wrong with the file."""
-        raise UsageError(
-            f"{self.path}: {where}: expected {expected}, found {found}. The file is damaged or was not written "
-            "by hpclr: use another checkpoint."
-        )
+        refuse(self.path, where, expected, found)
 
     def _root_attributes(self) -> dict[str, int | float | str]:
         found = self._text(self._root, "/", "format")
+        if found == PART_FORMAT:
+            raise UsageError(
+                f"{self.path}: expected a checkpoint, found a part of one, with the rows that one process had. "
+                "Name the checkpoint itself, step-NNNNNNNN.h5, which lies beside the directory of its parts."
+            )
         if found != FORMAT:
             self.refuse("/", f"the attribute format to be {FORMAT!r}", repr(found))
         version = self._attribute(self._root, "/", "version")
         if not isinstance(version, int) or version < 1:
             self.refuse("/", "a version of at least 1", repr(version))
-        if version > VERSION:
+        if version > SHARDED_VERSION:
             raise NewerVersionError(
-                f"{self.path}: expected a checkpoint of format version 1 to {VERSION}, found version {version}; "
-                "it comes from a newer hpclr: use that one, or a checkpoint that this hpclr has written."
+                f"{self.path}: expected a checkpoint of format version 1 to {SHARDED_VERSION}, found version "
+                f"{version}; it comes from a newer hpclr: use that one, or a checkpoint that this hpclr has written."
             )
         if not isinstance(self._attribute(self._root, "/", "step"), int):
             self.refuse("/", "an integer attribute step", repr(self._attribute(self._root, "/", "step")))
@@ -173,10 +152,30 @@ class Scan:
         names = [h5a.open(self._root, index=index).name.decode() for index in range(count)]
         return {name: self._attribute(self._root, "/", name) for name in names}
 
+    def _listed_parts(self) -> tuple[Part, ...]:
+        """The parts of an index, which has a dataset for them that is no entry of the tree."""
+        link = PARTS.encode()
+        links = self._root.links
+        if not links.exists(link) or links.get_info(link).type != h5l.TYPE_HARD:
+            self.refuse("/", f"a list of parts {PARTS!r} in the file", "none")
+        entry = next(self._child(self._root, link, (PARTS,)))
+        if entry.kind != "json" or entry.nbytes > MAX_PARTS * _BYTES_PER_PART:
+            self.refuse(
+                entry.name, f"a list of at most {MAX_PARTS} parts in JSON", f"{entry.kind} of {entry.nbytes} bytes"
+            )
+        content = np.empty(entry.stored, np.uint8)
+        self.read(entry, content)
+        try:
+            return parts_of_json(content.tobytes())
+        except ValueError as error:
+            self.refuse(entry.name, "the digests and sizes of parts", str(error))
+
     def _group(self, group: Any, keys: tuple[str, ...], only: str | None = None) -> Iterator[Entry]:
         if len(keys) > MAX_DEPTH:
-            self.refuse(_where(keys), f"groups nested at most {MAX_DEPTH} deep", "more")
+            self.refuse(show_keys(keys), f"groups nested at most {MAX_DEPTH} deep", "more")
         for link in self._links(group, keys):
+            if self.parts and not keys and link == PARTS.encode():
+                continue
             key = self._key(link, keys)
             if only is None or key == only:
                 yield from self._child(group, link, (*keys, key))
@@ -197,7 +196,7 @@ class Scan:
         ordered = group.get_create_plist().get_link_creation_order() & h5p.CRT_ORDER_TRACKED
         group.links.iterate(note, info=True, idx_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
         if wrong:
-            self._refuse_link(_where(keys), *wrong[0])
+            self._refuse_link(show_keys(keys), *wrong[0])
         return list(links)
 
     def _refuse_link(self, where: str, name: bytes, kind: int) -> NoReturn:
@@ -213,15 +212,15 @@ class Scan:
         try:
             return unquote_name(link.decode("utf-8"))
         except ValueError as error:
-            self.refuse(_where(keys), "names as the format writes keys", f"{link[:80]!r} ({error})")
+            self.refuse(show_keys(keys), "names as the format writes keys", f"{link[:80]!r} ({error})")
 
     def _child(self, group: Any, link: bytes, keys: tuple[str, ...]) -> Iterator[Entry]:
         """The object behind a link, which must be the only one to it."""
         info = h5o.get_info(group, link)
         if info.rc != 1 or info.addr in self._addresses:
-            self.refuse(_where(keys), "an object with one name", f"one with {max(info.rc, 2)}")
+            self.refuse(show_keys(keys), "an object with one name", f"one with {max(info.rc, 2)}")
         self._addresses.add(info.addr)
-        self._extents.append((info.addr, info.addr + 1, "the description of " + _where(keys)))
+        self._extents.append((info.addr, info.addr + 1, "the description of " + show_keys(keys)))
         child = h5o.open(group, link)
         if isinstance(child, h5g.GroupID):
             yield Entry(keys, "group")
@@ -229,14 +228,16 @@ class Scan:
         elif isinstance(child, h5d.DatasetID):
             yield self._leaf(child, keys)
         else:
-            self.refuse(_where(keys), "a group or a dataset", "a named type")
+            self.refuse(show_keys(keys), "a group or a dataset", "a named type")
 
     def _leaf(self, dataset: Any, keys: tuple[str, ...]) -> Entry:
-        where = _where(keys)
+        where = show_keys(keys)
         kind = self._kind(dataset, where)
-        dtype = self._text(dataset, where, "dtype") if kind == "tensor" else "uint8"
+        dtype = self._text(dataset, where, "dtype") if kind != "json" else "uint8"
         if dtype not in STORED_AS:
             self.refuse(where, f"the attribute dtype to be one of {', '.join(STORED_AS)}", repr(dtype))
+        if kind == "sharded":
+            return self._sharded(dataset, keys, dtype)
         stored, nbytes = self._extent(dataset, where, STORED_AS[dtype])
         if kind == "json" and not (len(stored) == 1 and nbytes <= MAX_JSON_BYTES):
             self.refuse(where, f"JSON on one axis, of at most {MAX_JSON_BYTES:,} bytes", f"the shape {stored}")
@@ -247,10 +248,39 @@ class Scan:
         offset = self._check_place(dataset, where, nbytes)
         return Entry(keys, kind, dtype, shape, stored, nbytes, offset, self._crc32(dataset, where))
 
-    def _kind(self, dataset: Any, where: str) -> Literal["tensor", "json"]:
+    def _sharded(self, dataset: Any, keys: tuple[str, ...], dtype: str) -> Entry:
+        """A tensor whose rows are in parts: its dataset is the table that says where."""
+        where = show_keys(keys)
+        stored, nbytes = self._extent(dataset, where, "int64")
+        if len(stored) != 2 or stored[1] != TABLE_COLUMNS:
+            self.refuse(where, f"a table of {TABLE_COLUMNS} columns", f"the shape {stored}")
+        place, crc32 = self._check_place(dataset, where, nbytes), self._crc32(dataset, where)
+        table = np.empty(stored, "<i8")
+        self.read(Entry(keys, "tensor", "int64", stored, stored, nbytes, place, crc32), table)
+        shape = self._attribute(dataset, where, "shape")
+        if not (isinstance(shape, list) and shape and all(isinstance(size, int) and size > 0 for size in shape)):
+            self.refuse(where, "the shape of a tensor that has rows", repr(shape))
+        self._check_table(where, table, shape, np.dtype(STORED_AS[dtype]).itemsize)
+        size = math.prod(shape) * np.dtype(STORED_AS[dtype]).itemsize
+        return Entry(keys, "sharded", dtype, tuple(shape), tuple(shape), size, table=table)
+
+    def _check_table(self, where: str, table: np.ndarray[Any, Any], shape: list[int], itemsize: int) -> None:
+        """All rows must be there once, and nobody may claim more data than the parts have bytes."""
+        row = math.prod(shape[1:]) * itemsize
+        sizes = [part.bytes for part in self.parts]
+        if shape[0] * row > sum(sizes):
+            self.refuse(where, f"a tensor no larger than the {sum(sizes)} bytes of all parts", f"the shape {shape}")
+        if fault := fault_of_table(table, shape[0], row, sizes):
+            self.refuse(where, *fault)
+        np.subtract.at(self._left, table[:, 0], table[:, 2] * row)
+        if self._left.min() < 0:
+            self.refuse(where, "no more data than its part has bytes", f"{-self._left.min()} too many")
+
+    def _kind(self, dataset: Any, where: str) -> Literal["tensor", "json", "sharded"]:
         kind = self._text(dataset, where, "kind")
-        if kind not in _KINDS:
-            self.refuse(where, "the attribute kind to be 'tensor' or 'json'", repr(kind))
+        if kind not in _KINDS or (kind == "sharded" and not self.parts):
+            expected = "'tensor', 'json' or 'sharded'" if self.parts else "'tensor' or 'json'"
+            self.refuse(where, f"the attribute kind to be {expected}", repr(kind))
         return _KINDS[kind]
 
     def _extent(self, dataset: Any, where: str, stored_as: str) -> tuple[tuple[int, ...], int]:
@@ -400,8 +430,12 @@ class Scan:
         return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
-def _where(keys: tuple[str, ...]) -> str:
-    return "/" + "/".join(keys)
+def refuse(path: Path, where: str, expected: str, found: str) -> NoReturn:
+    """Says what is wrong with a file."""
+    raise UsageError(
+        f"{path}: {where}: expected {expected}, found {found}. The file is damaged or was not written "
+        "by hpclr: use another checkpoint."
+    )
 
 
 def _storage(plan: Any) -> tuple[str, list[int]]:

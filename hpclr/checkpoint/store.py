@@ -4,92 +4,66 @@ A save writes under a hidden name, waits for the disk, renames, and writes the d
 last: the digest commits. Loading believes a file only after its digest was found to be right. So
 it does not matter at which instant the process dies. Order is by step, never by a file's time.
 One process at a time may save, load the newest or sweep in a directory.
+
+Where tensors are sharded, every process first writes its rows as a part, and the file that is
+saved then is their index: until it is committed, the parts mean nothing.
 """
 
 import errno
-import json
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
+from hpclr.checkpoint.best import read_best, record_best
 from hpclr.checkpoint.digest import SUFFIX, check_digest, read_sidecar, sha256_of, sidecar_of, write_sidecar
 from hpclr.checkpoint.failpoint import failpoint
-from hpclr.checkpoint.reader import NewerVersionError, read_attrs, read_tree, read_verified
-from hpclr.checkpoint.tree import Tree, TreeLike
-from hpclr.checkpoint.writer import size_on_disk, write_tree
-from hpclr.errors import RetryableError, UsageError
+from hpclr.checkpoint.loading import Loaded, read_whole
+from hpclr.checkpoint.parts import (
+    TEMPORARY,
+    MissingPartError,
+    Part,
+    PartReport,
+    are_whole,
+    part_files,
+    part_name,
+    parts_directory,
+    remove_parts,
+)
+from hpclr.checkpoint.reader import NewerVersionError, read_parts
+from hpclr.checkpoint.remedies import save_failed
+from hpclr.checkpoint.rows import OpenCheckpoint, open_file
+from hpclr.checkpoint.scan import OlderVersionError
+from hpclr.checkpoint.sharding import IndexLike, index_tree
+from hpclr.checkpoint.tree import TreeLike
+from hpclr.checkpoint.writer import size_of_part, size_on_disk, write_part, write_tree
+from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.files import synchronise, write_whole
+
+T = TypeVar("T")
 
 logger = logging.getLogger("hpclr.checkpoint")
 
-_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.h5")
+_STEM = r"step-(\d{8}|[1-9]\d{8,})"
+_NAME = re.compile(_STEM + r"\.h5")
 _SIDECAR_NAME = re.compile(_NAME.pattern + re.escape(SUFFIX))
-_TEMPORARY = ".tmp-"
+_PARTS_NAME = re.compile(_STEM + r"\.parts")
 _TRASH = ".trash-"
-_BEST = "best.json"
-_MAX_BEST_BYTES = 4096
 _PAUSE = 0.5
 _VANISHED = (errno.ENOENT, errno.ESTALE)
-_REMEDIES = {
-    errno.ENOSPC: "Free space there",
-    errno.EDQUOT: "Your quota is used up, whatever the file system has left: free space or have the quota raised",
-    errno.EFBIG: "Files may not become so large: have that limit raised (`ulimit -f` shows it)",
-    errno.EROFS: "The file system is mounted read-only, some are after a fault: have it mounted writable again",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the directory writable for the user who runs this"),
-    errno.EIO: "The disk, or the network to it, has failed: have it looked after",
-    errno.ESTALE: "The file server no longer knows the directory: have it mounted again",
-    errno.ENOENT: "The run directory has vanished: put it back, or have its file system mounted",
-}
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that was read: the step it was saved at, its file, its content."""
-
-    step: int
-    path: Path
-    tree: Tree
-
-
-def load_file(
-    path: Path, only: str | None = None, *, verify: bool = True, digests: Sequence[str] | None = None
-) -> Loaded:
-    """Read one checkpoint, wherever it lies.
-
-    Args:
-        path: the HDF5 file.
-        only: read this top-level key of the tree alone.
-        verify: check the file against its `.sha256` first; without, a damaged file may be read.
-        digests: the SHA-256 digests that the file may have, instead of those in its `.sha256`.
-
-    Raises:
-        UsageError: missing, damaged, without its digest, or not a checkpoint that this hpclr reads.
-    """
-    try:
-        return _read(path, only, verify, digests)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: the checkpoint cannot be read: {error.strerror or error}. Check the file."
-        ) from error
-
-
-def _read(path: Path, only: str | None, verify: bool, digests: Sequence[str] | None = None) -> Loaded:
-    if verify and only is None and path.is_file():
-        attrs, tree = read_verified(path, digests or read_sidecar(path))
-        return Loaded(int(attrs["step"]), path, tree)
-    if verify and path.is_file():
-        check_digest(path)
-    attrs = read_attrs(path)
-    return Loaded(int(attrs["step"]), path, read_tree(path, only))
+def _check_step(found: Loaded | OpenCheckpoint, step: int) -> None:
+    """The file must be of the step that its name says."""
+    if found.step != step:
+        raise UsageError(f"{found.path}: expected the checkpoint of step {step}, found that of {found.step}")
 
 
 class CheckpointStore:
@@ -121,17 +95,26 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """The checkpoint saved last as the best one, or None."""
-        step = self._best_step()
+        step = read_best(self.directory)
         return self.path(step) if step is not None and step in self.steps() else None
 
-    def save(self, step: int, tree: TreeLike, *, metric: float | None = None, best: bool = False) -> Path:
+    def save(
+        self,
+        step: int,
+        tree: TreeLike,
+        *,
+        parts: Sequence[PartReport] = (),
+        metric: float | None = None,
+        best: bool = False,
+    ) -> Path:
         """Save a tree; when this returns, it is on the disk and will be found again.
 
         A checkpoint of the same step is replaced; until that is over, the old one stays valid.
 
         Args:
             step: optimiser steps done.
-            tree: what to save; see `write_tree`.
+            tree: what to save; see `write_tree`. Instead of the `Piece`s in it, it is saved where all rows are.
+            parts: if there are such, what `write_part` of this step has returned on every process, in their order.
             metric: what the model is judged by, noted in the file.
             best: keep this checkpoint, and no longer the best one before it, beyond the newest ones.
 
@@ -139,20 +122,52 @@ class CheckpointStore:
             The checkpoint's file.
 
         Raises:
-            TypeError, ValueError: the tree cannot be stored; nothing is written.
+            TypeError, ValueError: the tree cannot be stored, or the pieces of a tensor leave gaps or overlap; nothing
+                is written.
             RetryableError: the disk is full, the directory not writable or gone. Earlier
-                checkpoints are as they were.
+                checkpoints are as they were; the parts are gone.
         """
-        size = size_on_disk(tree)
+        index = index_tree(tree, parts, step)
+        size, listed = size_on_disk(index, len(parts)), [report.part for report in parts]
         attrs: dict[str, int | float] = {"step": step} | ({} if metric is None else {"metric": float(metric)})
         try:
-            self._commit(step, tree, attrs, size)
+            self._commit(step, index, attrs, size, listed)
             if best:
-                self._record_best(step, metric)
+                record_best(self.directory, step, metric)
         except OSError as error:
-            raise self._save_failed(step, size, error) from error
-        self._retain(step)
+            if parts:
+                with suppress(HpclrError, OSError):
+                    self.discard_parts(step)
+            raise save_failed(self.path(step), step, size, error) from error
+        self._retain(step, {report.name for report in parts})
         return self.path(step)
+
+    def write_part(self, step: int, tree: TreeLike, process: int, processes: int) -> PartReport:
+        """Write this process's rows of the sharded tensors in a tree; they count once `save` has the report of all.
+
+        All processes call this, at the same time if they like; `discard_parts` if it fails on one of them.
+
+        Args:
+            step: optimiser steps done.
+            tree: in which each sharded tensor is a `Piece`, the same ones on all processes; nothing else counts.
+            process: number of this process.
+            processes: how many there are.
+
+        Raises:
+            TypeError, ValueError: a piece cannot be stored, or does not fit its tensor; nothing is written.
+            RetryableError: as `save`.
+        """
+        size = size_of_part(tree)
+        try:
+            return self._write_part(step, tree, process, processes, size)
+        except OSError as error:
+            raise save_failed(self.path(step), step, size, error) from error
+
+    def discard_parts(self, step: int) -> list[Path]:
+        """Remove the parts of a step that no checkpoint names, as of a save that failed; nobody may be writing any."""
+        self.guard()
+        in_use = self._parts_in_use(step)
+        return [] if in_use is None else remove_parts(self.path(step), in_use)
 
     def load_newest(self) -> Loaded | None:
         """Read the newest valid checkpoint; None if none was ever committed.
@@ -164,16 +179,18 @@ class CheckpointStore:
             UsageError: checkpoints were committed, but none is valid; or the newest is of a newer format.
             RetryableError: a file cannot be read for a reason that is not its content.
         """
-        try:
-            return self._newest()
-        except OSError as error:
-            if error.errno not in _VANISHED:
-                raise self._load_failed(error) from error
-            logger.warning("%s: listed anew, because a file vanished: %s", self.directory, error)
-        try:  # a file server's view of a directory may lag behind
-            return self._newest()
-        except OSError as error:
-            raise self._load_failed(error) from error
+        return self._newest(self._load)
+
+    def open_newest(self) -> OpenCheckpoint | None:
+        """Open the newest checkpoint that is valid as far as it is read: all but the content of its parts.
+
+        These have the right length. The processes that read them check their digests too (`check_parts`); if one is
+        bad, the first process calls `set_aside` and this once more.
+
+        Raises:
+            UsageError, RetryableError: as `load_newest`.
+        """
+        return self._newest(self._open_with_parts)
 
     def load(self, step: int, patience: float = 60.0) -> Loaded:
         """Read the checkpoint of a step that another process, perhaps on another host, has found to be good.
@@ -186,10 +203,26 @@ class CheckpointStore:
             UsageError: it is damaged as it is seen from here.
             RetryableError: it does not appear, or cannot be read.
         """
+        return self._patiently(self._load, step, patience)
+
+    def open(self, step: int, patience: float = 60.0, *, whole: bool = False) -> OpenCheckpoint:
+        """Open the checkpoint of a step, as `load` reads it.
+
+        Args:
+            step: of the checkpoint.
+            patience: seconds to wait until a network file system shows it here as well.
+            whole: wait for its parts too, each of its length; else nothing of them is looked at yet.
+        """
+        return self._patiently(self._open_with_parts if whole else self._open, step, patience)
+
+    def _patiently(self, read: Callable[[int], T], step: int, patience: float) -> T:
         deadline = time.monotonic() + patience
         while True:
             try:
-                return self._load_if_there(step)
+                return self._if_there(read, step)
+            except MissingPartError:
+                if time.monotonic() > deadline:
+                    raise
             except OSError as error:
                 if error.errno not in _VANISHED or time.monotonic() > deadline:
                     raise self._load_failed(error) from error
@@ -198,26 +231,49 @@ class CheckpointStore:
 
     def sweep(self) -> list[str]:
         """Remove what killed saves and deletions left behind; returns the names of what was removed."""
-        left = [path for path in self._entries() if path.name.startswith((_TEMPORARY, _TRASH))]
+        left = [path for path in self._entries() if path.name.startswith((TEMPORARY, _TRASH))]
         swept = [path for path in left if not path.is_dir()]
         swept += self._sidecars_of_deleted()
         for path in swept:
             path.unlink(missing_ok=True)
+        swept += self._sweep_parts()
         if swept:
             logger.info("%s: removed what a killed process left: %s", self.directory, ", ".join(p.name for p in swept))
         return [path.name for path in swept]
 
     # Saving
 
-    def _commit(self, step: int, tree: TreeLike, attrs: dict[str, int | float], size: int) -> None:
+    def _write_part(self, step: int, tree: TreeLike, process: int, processes: int, size: int) -> PartReport:
+        directory = parts_directory(self.path(step))
+        temporary = directory / f"{TEMPORARY}part-{process:04d}-{secrets.token_hex(4)}"
+        for place in (self.directory, directory):
+            place.mkdir(exist_ok=True)
+        self._check_space(size, make_room=process == 0)
+        failpoint("before_part")
+        try:
+            report = write_part(temporary, tree, step, process, processes)
+            failpoint("after_part")
+            self.guard()
+            os.replace(temporary, directory / report.name)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        failpoint("after_part_rename")
+        synchronise(directory)
+        return report
+
+    def _commit(
+        self, step: int, tree: IndexLike, attrs: dict[str, int | float], size: int, parts: Sequence[Part]
+    ) -> None:
         path = self.path(step)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")  # nobody else's, ever
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")  # nobody else's, ever
         self.directory.mkdir(exist_ok=True)  # not its parents: a run directory that has gone must not come back empty
         self._check_space(size)
         failpoint("before_data")
         made: os.stat_result | None = None
         try:
-            digest = write_tree(temporary, tree, attrs)
+            digest = write_tree(temporary, tree, attrs, parts)
             made = temporary.stat()
             failpoint("after_digest")
             self.guard()
@@ -252,33 +308,23 @@ class CheckpointStore:
         if (present := sha256_of(path)) in recorded:
             write_sidecar(path, present, digest)
 
-    def _check_space(self, size: int) -> None:
-        if shutil.disk_usage(self.directory).free < size:
+    def _check_space(self, size: int, *, make_room: bool = True) -> None:
+        if make_room and shutil.disk_usage(self.directory).free < size:
             self._retain()  # `keep` may have been lowered to make room
         if shutil.disk_usage(self.directory).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _record_best(self, step: int, metric: float | None) -> None:
-        finite = metric if metric is not None and math.isfinite(metric) else None
-        write_whole(self.directory / _BEST, (json.dumps({"step": step, "metric": finite}) + "\n").encode())
-
-    def _save_failed(self, step: int, size: int, error: OSError) -> RetryableError:
-        remedy = _REMEDIES.get(error.errno or 0, "Check that the file system is mounted and works")
-        try:
-            free = f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB free"
-        except OSError:
-            free = "free space unknown"
-        return RetryableError(
-            f"{self.path(step)}: the checkpoint of step {step} could not be saved: {error.strerror or error}; it needs "
-            f"{size / 1e6:.1f} MB, {free}. Earlier checkpoints are untouched. {remedy}."
-        )
-
     # Retention
 
-    def _retain(self, saved: int | None = None) -> None:
-        """Delete all but the newest, the best and the one just saved; a fault is a warning, as the save is done."""
+    def _retain(self, saved: int | None = None, parts: Container[str] = ()) -> None:
+        """Delete all but the newest, the best and the one just saved; a fault is a warning, as the save is done.
+
+        Of that one, only these parts stay: it may have replaced another one with others.
+        """
         try:
-            kept = {*self.steps()[-self.keep :], self._best_step(), saved}
+            if saved is not None:
+                remove_parts(self.path(saved), parts)
+            kept = {*self.steps()[-self.keep :], read_best(self.directory), saved}
             for step in self.steps():
                 if step not in kept:
                     self._delete(self.path(step))
@@ -292,39 +338,65 @@ class CheckpointStore:
         failpoint("in_retention")
         sidecar_of(path).unlink()
         trash.unlink()
+        failpoint("before_parts_go")
+        remove_parts(path)
 
-    def _best_step(self) -> int | None:
-        path = self.directory / _BEST
-        if not path.is_file():
-            return None
+    def _sweep_parts(self) -> list[Path]:
+        """Remove parts without an index, of a save or a deletion cut short, or of a checkpoint that was replaced."""
+        swept: list[Path] = []
+        for step in self._steps_named(_PARTS_NAME):
+            if not (self.path(step).exists() and are_whole(part_files(self.path(step)))):
+                swept += self.discard_parts(step)
+        return swept
+
+    def _parts_in_use(self, step: int) -> set[str] | None:
+        """The names of the parts that the checkpoint of a step has; None if that cannot be known."""
+        path = self.path(step)
+        has_sidecar = sidecar_of(path).exists()
+        if not path.exists():  # with its digest still there, it is a deletion cut short only if there is a newer one
+            return None if has_sidecar and step >= max(self.steps(), default=0) else set()
+        if not has_sidecar:
+            return None  # it was never committed, and is set aside together with its parts
         try:
-            with path.open("rb") as file:
-                step = json.loads(file.read(_MAX_BEST_BYTES))["step"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            logger.warning("%s: which checkpoint is the best cannot be read: %r", path, error)
+            check_digest(path)
+            parts = read_parts(path)
+        except (UsageError, OSError):
             return None
-        return step if isinstance(step, int) else None
+        return {part_name(part, number, len(parts)) for number, part in enumerate(parts)}
 
     # Loading
 
-    def _newest(self) -> Loaded | None:
+    def _newest(self, read: Callable[[int], T]) -> T | None:
+        """The newest valid checkpoint; None if none was ever committed."""
+        try:
+            return self._newest_listed(read)
+        except OSError as error:
+            if error.errno not in _VANISHED:
+                raise self._load_failed(error) from error
+            logger.warning("%s: listed anew, because a file vanished: %s", self.directory, error)
+        try:  # a file server's view of a directory may lag behind
+            return self._newest_listed(read)
+        except OSError as error:
+            raise self._load_failed(error) from error
+
+    def _newest_listed(self, read: Callable[[int], T]) -> T | None:
         """The newest valid checkpoint of those listed now; raises OSError if one cannot be read."""
         self._set_aside_uncommitted()
         for step in reversed(self.steps()):
             try:
-                return self._load_if_there(step)
-            except NewerVersionError:
+                return self._if_there(read, step)
+            except (NewerVersionError, OlderVersionError):
                 raise
             except UsageError as error:
-                self._set_aside(step, str(error))
+                self.set_aside(step, str(error))
         self._refuse_to_start_over()
         return None
 
-    def _load_if_there(self, step: int) -> Loaded:
+    def _if_there(self, read: Callable[[int], T], step: int) -> T:
         """The checkpoint of a step; FileNotFoundError if what was listed has vanished: such a one is not damaged."""
         try:
-            return self._load(step)
-        except NewerVersionError:
+            return read(step)
+        except (NewerVersionError, OlderVersionError):
             raise
         except UsageError:
             for path in (self.path(step), sidecar_of(self.path(step))):
@@ -333,10 +405,20 @@ class CheckpointStore:
 
     def _load(self, step: int) -> Loaded:
         failpoint("before_load")
-        loaded = _read(self.path(step), only=None, verify=True)
-        if loaded.step != step:
-            raise UsageError(f"{loaded.path}: expected the checkpoint of step {step}, found that of {loaded.step}")
+        loaded = read_whole(self.path(step), only=None, verify=True)
+        _check_step(loaded, step)
         return loaded
+
+    def _open(self, step: int) -> OpenCheckpoint:
+        failpoint("before_load")
+        opened = open_file(self.path(step))
+        _check_step(opened, step)
+        return opened
+
+    def _open_with_parts(self, step: int) -> OpenCheckpoint:
+        opened = self._open(step)
+        opened.check_present()
+        return opened
 
     def _load_failed(self, error: OSError) -> RetryableError:
         return RetryableError(
@@ -348,15 +430,17 @@ class CheckpointStore:
         committed = self.steps()
         for step in self._files():
             if step not in committed:
-                self._set_aside(step, f"{self.path(step)}: it was never committed, the save was cut short")
+                self.set_aside(step, f"{self.path(step)}: it was never committed, the save was cut short")
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        """Rename a checkpoint to `.bad`; the digest first, so that what remains is not taken as committed."""
+    def set_aside(self, step: int, reason: str) -> None:
+        """Rename a bad checkpoint and its parts to `.bad`, beside a `.bad.reason`, with a warning."""
         path, bad = self.path(step), self._free_name(self.path(step))
         try:
             write_whole(bad.with_name(bad.name + ".reason"), (reason + "\n").encode())
-            if sidecar_of(path).exists():
+            if sidecar_of(path).exists():  # first, so that what remains is not taken as committed
                 os.replace(sidecar_of(path), bad.with_name(bad.name + SUFFIX))
+            if parts_directory(path).exists():  # before the data: parts without it would be swept
+                os.replace(parts_directory(path), parts_directory(bad))
             os.replace(path, bad)
         except OSError as error:  # a directory of somebody else's: go on to the checkpoint before
             logger.warning("checkpoint not used, and it cannot be set aside (%s): %s", error, reason)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch  # loaded late: a file is examined without it
 
 Tree: TypeAlias = dict[str, "Tree | torch.Tensor | Json"]
-TreeLike: TypeAlias = Mapping[str, "TreeLike | torch.Tensor | Json"]
+TreeLike: TypeAlias = Mapping[str, "TreeLike | torch.Tensor | Json | Piece"]
+"""What is saved: a `Tree` is what comes back, with every tensor whole."""
 
 MAX_DEPTH = 32
 """Groups may be nested this deep; a JSON value likewise."""
@@ -24,6 +25,21 @@ class Json:
     """A leaf that is no tensor: None, bool, int of any size, float, str, or lists and dicts of these."""
 
     value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A leaf that is one process's rows of a tensor, whose others have the rest.
+
+    Attributes:
+        tensor: the rows, of shape (rows, *shape[1:]); there may be none.
+        offset: the first of them in the whole tensor.
+        shape: of the whole tensor.
+    """
+
+    tensor: "torch.Tensor"
+    offset: int
+    shape: tuple[int, ...]
 
 
 def encode_json(value: Any, where: str) -> bytes:
@@ -48,6 +64,16 @@ def decode_json(data: bytes) -> Any:
         ValueError: the bytes are not such JSON (also RecursionError, when nested without end).
     """
     return json.loads(data.decode("utf-8"), object_pairs_hook=_from_pairs, parse_constant=_refuse_constant)
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """`float32` for torch.float32: how a file spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def show_keys(keys: Sequence[str]) -> str:
+    """The way to something in the tree, as messages spell it."""
+    return "/" + "/".join(keys)
 
 
 def quote_name(name: str) -> str:

@@ -5,6 +5,7 @@ What it made and the tensors, each in its place, are then written as one stream 
 hashed on the way.
 """
 
+import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +16,17 @@ from threading import Thread
 from typing import Any, TypeAlias
 
 import h5py
+import msgspec
 import numpy as np
 import torch
 from h5py import h5d, h5p
 
 from hpclr.checkpoint.digest import write_hashed
-from hpclr.checkpoint.format import FORMAT, STORED_AS, VERSION
+from hpclr.checkpoint.format import FORMAT, PART_FORMAT, PARTS, SHARDED_VERSION, STORED_AS, VERSION
+from hpclr.checkpoint.parts import Part, PartReport, PieceReport
+from hpclr.checkpoint.sharding import IndexLike, Keys, Sharded, part_tree, pieces_in
 from hpclr.checkpoint.skeleton import Skeleton
-from hpclr.checkpoint.tree import MAX_DEPTH, Json, TreeLike, encode_json, quote_name
+from hpclr.checkpoint.tree import MAX_DEPTH, Json, Piece, TreeLike, dtype_name, encode_json, quote_name
 
 _THREADS = 3
 """Threads that take checksums; zlib makes about 3 GB/s in each."""
@@ -33,12 +37,16 @@ _ALIGNED_FROM, _ALIGNMENT = 4096, 64
 _BYTES_PER_OBJECT = 1024
 """An upper estimate of what HDF5 adds to a dataset or a group: headers, attributes, links, gaps; names aside."""
 
+_BYTES_PER_PART = 128
+"""An upper estimate of its entry in the list of parts."""
+
 
 @dataclass(eq=False)
 class _Leaf:
     """What becomes a dataset; `crc32` and `offset` are found while the file is laid out."""
 
     content: torch.Tensor | bytes
+    sharded: Sharded | None = None  # whose table is the content
     crc32: int | None = None
     offset: int = -1
 
@@ -85,13 +93,16 @@ class _Leaf:
             attrs |= {"kind": np.bytes_("tensor"), "dtype": np.bytes_(dtype_name(self.content.dtype))}
             if self.shape != self.content.shape:
                 attrs["shape"] = np.array(self.content.shape, np.int64)
+        if self.sharded is not None:
+            attrs |= {"kind": np.bytes_("sharded"), "dtype": np.bytes_(self.sharded.dtype)}
+            attrs["shape"] = np.array(self.sharded.shape, np.int64)
         return attrs
 
 
 _Checked: TypeAlias = dict[str, "_Checked | _Leaf"]
 
 
-def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> str:
+def write_tree(path: Path, tree: IndexLike, attrs: Mapping[str, int | float], parts: Sequence[Part] = ()) -> str:
     """Write a tree to the new file `path`, down to the disk.
 
     The file is not removed if that fails; the store does this, and makes it atomic. The tensors must
@@ -101,6 +112,7 @@ def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> 
         path: must not exist.
         tree: dictionaries of dictionaries, tensors (any device and strides) and `Json` values.
         attrs: root attributes: an integer `step`, and others if wanted.
+        parts: the files that hold the rows of sharded tensors, if `tree` is of `index_tree`.
 
     Returns:
         The SHA-256 of the file in hexadecimal.
@@ -111,20 +123,54 @@ def write_tree(path: Path, tree: TreeLike, attrs: Mapping[str, int | float]) -> 
     """
     _check_attrs(attrs)
     checked = _check(tree, "", MAX_DEPTH)
-    leaves = list(_leaves(checked))
-    _take_checksums(leaves)
-    skeleton = _laid_out(checked, attrs)
-    return write_hashed(path, _pieces(skeleton, sorted(leaves, key=lambda leaf: leaf.offset)))
+    if parts:
+        listed = json.dumps(msgspec.to_builtins(parts), separators=(",", ":")).encode()
+        checked = {PARTS: _Leaf(listed), **checked}
+    version = SHARDED_VERSION if parts else VERSION
+    return _write(path, checked, {"format": np.bytes_(FORMAT), "version": np.int64(version)} | _stored(attrs))
 
 
-def size_on_disk(tree: TreeLike) -> int:
-    """About how many bytes `write_tree` will write, not less; raises as it does for a wrong tree."""
-    return _BYTES_PER_OBJECT + _size_of(_check(tree, "", MAX_DEPTH))
+def write_part(path: Path, tree: TreeLike, step: int, process: int, processes: int) -> PartReport:
+    """Write the rows that a process has of the sharded tensors in a tree to the new file `path`, down to the disk.
+
+    The file is not removed if that fails. The tensors must not change meanwhile.
+
+    Args:
+        path: must not exist; where it goes then is told by `PartReport.name`.
+        tree: as for `write_tree`; nothing but the `Piece`s in it counts, and each process has one of each tensor.
+        step: optimiser steps done.
+        process: number of this process.
+        processes: how many write a part.
+
+    Raises:
+        TypeError: a tensor of a kind that cannot be stored; ValueError: a piece that does not fit its tensor.
+        OSError: the disk is full, or the file cannot be written for another reason.
+    """
+    pieces = pieces_in(tree)
+    checked = _check(part_tree(pieces), "", MAX_DEPTH)
+    attrs = {"step": step, "process": process, "processes": processes}
+    _check_attrs(attrs)
+    start = {"format": np.bytes_(PART_FORMAT), "version": np.int64(SHARDED_VERSION)}
+    digest = _write(path, checked, start | _stored(attrs))
+    leaves = _leaves(checked)
+    reports = [_reported(keys, piece, next(leaves) if piece.tensor.numel() else None) for keys, piece in pieces]
+    return PartReport(step, process, processes, Part(digest, path.stat().st_size), reports)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32: how the attribute `dtype` spells it."""
-    return str(dtype).removeprefix("torch.")
+def _reported(keys: Keys, piece: Piece, leaf: _Leaf | None) -> PieceReport:
+    """What the index needs to know of a piece, of which there is a dataset if it has rows."""
+    rows, place, crc32 = (piece.tensor.shape[0], leaf.offset, leaf.crc32 or 0) if leaf else (0, 0, 0)
+    return PieceReport(keys, dtype_name(piece.tensor.dtype), tuple(piece.shape), piece.offset, rows, place, crc32)
+
+
+def size_on_disk(tree: IndexLike, parts: int = 0) -> int:
+    """About how many bytes `write_tree` will write, with so many parts, not less; raises as it for a wrong tree."""
+    return _BYTES_PER_OBJECT + _BYTES_PER_PART * parts + _size_of(_check(tree, "", MAX_DEPTH))
+
+
+def size_of_part(tree: TreeLike) -> int:
+    """About how many bytes `write_part` will write, not less; raises as it does for a wrong tree."""
+    return size_on_disk(part_tree(pieces_in(tree)))
 
 
 # What may be stored
@@ -139,7 +185,11 @@ def _check_attrs(attrs: Mapping[str, int | float]) -> None:
         )
 
 
-def _check(tree: TreeLike, where: str, depth: int) -> _Checked:
+def _stored(attrs: Mapping[str, int | float]) -> dict[str, Any]:
+    return {name: np.int64(value) if isinstance(value, int) else np.float64(value) for name, value in attrs.items()}
+
+
+def _check(tree: IndexLike, where: str, depth: int) -> _Checked:
     """The tree with quoted names and encoded JSON, so that nothing but the disk can fail afterwards."""
     if depth < 0:
         raise ValueError(f"{where}: expected groups nested at most {MAX_DEPTH} deep, found more; flatten the tree")
@@ -167,12 +217,12 @@ def _checked_node(node: Any, where: str, depth: int) -> "_Checked | _Leaf":
         return _Leaf(_checked_tensor(node, where))
     if isinstance(node, Json):
         return _Leaf(encode_json(node.value, where))
+    if isinstance(node, Sharded):
+        return _Leaf(node.table, node)
     if isinstance(node, Mapping):
         return _check(node, where, depth - 1)
-    raise TypeError(
-        f"{where}: expected a dictionary, a tensor or a Json value, found {type(node).__name__}; "
-        "wrap plain values as Json(value)"
-    )
+    advice = "save it with the reports of all parts" if isinstance(node, Piece) else "wrap plain values as Json(value)"
+    raise TypeError(f"{where}: expected a dictionary, a tensor or a Json value, found {type(node).__name__}; {advice}")
 
 
 def _checked_tensor(tensor: torch.Tensor, where: str) -> torch.Tensor:
@@ -204,6 +254,14 @@ def _size_of(tree: _Checked) -> int:
 # Laying out and writing
 
 
+def _write(path: Path, checked: _Checked, attrs: Mapping[str, Any]) -> str:
+    """The file with these root attributes; returns its SHA-256."""
+    leaves = list(_leaves(checked))
+    _take_checksums(leaves)
+    skeleton = _laid_out(checked, attrs)
+    return write_hashed(path, _pieces(skeleton, sorted(leaves, key=lambda leaf: leaf.offset)))
+
+
 def _take_checksums(leaves: Sequence[_Leaf]) -> None:
     """Checksums of the data, by several threads; one of them makes all copies, so that there is one at a time."""
     in_place = sorted((leaf for leaf in leaves if leaf.in_place), key=lambda leaf: leaf.size)
@@ -221,15 +279,13 @@ def _take_checksums_of(leaves: Sequence[_Leaf]) -> None:
         leaf.crc32 = zlib.crc32(leaf.data())
 
 
-def _laid_out(tree: _Checked, attrs: Mapping[str, int | float]) -> Skeleton:
+def _laid_out(tree: _Checked, attrs: Mapping[str, Any]) -> Skeleton:
     """The file without its data, of which every leaf learns the offset."""
     skeleton = Skeleton()
     alignment = {"alignment_threshold": _ALIGNED_FROM, "alignment_interval": _ALIGNMENT}
     with h5py.File(skeleton, "w", libver=("v110", "v110"), track_order=True, **alignment) as file:
-        file.attrs["format"] = np.bytes_(FORMAT)
-        file.attrs["version"] = np.int64(VERSION)
         for name, value in attrs.items():
-            file.attrs[name] = np.int64(value) if isinstance(value, int) else np.float64(value)
+            file.attrs[name] = value
         _add_group(file, tree)
     return skeleton
 

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpclr.cluster.progress import LOCAL_LOG, job_logs, open_regular
+from hpclr.cluster.progress import LOCAL_LOG, job_logs
 from hpclr.cluster.queued import job_numbers, owner_of
 from hpclr.cluster.status import Status, statuses
 from hpclr.errors import UsageError
+from hpclr.files import open_regular
 from hpclr.output import printable, say
 from hpclr.parallel.watch.attempt import attempt_directory, attempts, heartbeat_path, log_path
 from hpclr.parallel.watch.heartbeat import read_heartbeat

@@ -2,18 +2,18 @@
 
 import os
 import re
-import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated
 
 import msgspec
 
 from hpclr.cluster.record import SUBMISSION
 from hpclr.config import RunFile, load_run_file
 from hpclr.errors import UsageError
+from hpclr.files import open_regular
 from hpclr.parallel.watch.attempt import attempt_directory, attempts, heartbeat_path
 from hpclr.parallel.watch.outcome import EXIT_FILE, Outcome, read_outcome
 from hpclr.training.run_directory import RunDirectory
@@ -61,15 +61,18 @@ class Progress:
     speed: float | None
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # others are none, and cannot be divided by one another
+
+
 class _Metric(msgspec.Struct):
     """A line of metrics.jsonl, as far as it matters here."""
 
     kind: str
-    step: int
+    step: _Count
     loss: float | None = None
     rank_share: float | None = None
-    trainable: int = 0
-    dense: int = 0
+    trainable: _Count = 0
+    dense: _Count = 0
 
 
 def progress_of(run: Path) -> Progress:
@@ -113,19 +116,6 @@ def job_logs(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(found[1]), path) for found, path in named if found is not None)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a file by anybody for reading; a pipe of that name does not hold it up.
-
-    Raises:
-        OSError: if that is not possible, or it is no regular file.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    raise OSError(f"{path} is no regular file")
-
-
 def last_words(log: Path, since: int = 0) -> str | None:
     """The last line of a log that says anything, among those after the byte `since`; None if there is none."""
     try:
@@ -163,7 +153,7 @@ def _latest(lines: list[bytes], kind: str) -> _Metric | None:
 def _metric(line: bytes) -> _Metric | None:
     try:
         return msgspec.json.decode(line, type=_Metric)
-    except (msgspec.MsgspecError, UnicodeDecodeError):  # cut short by a crash
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # cut short by a crash, or not ours
         return None
 
 

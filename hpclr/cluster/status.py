@@ -12,7 +12,7 @@ from hpclr.cluster.progress import LOCAL_LOG, Progress, progress_of
 from hpclr.cluster.queued import Jobs, current, is_over, job_numbers, owner_of, queued
 from hpclr.cluster.record import SUBMISSION, submitted
 from hpclr.errors import HpclrError, UsageError
-from hpclr.output import printable, say
+from hpclr.output import say
 from hpclr.parallel.watch.attempt import attempts
 from hpclr.parallel.watch.record import read_record
 from hpclr.slurm import client
@@ -93,11 +93,6 @@ def statuses(runs: Sequence[Path], warn: Callable[[str], None] = say) -> list[St
     numbers = {run: job_numbers(run, owner) for run, owner in owners.items()}
     jobs = _jobs(numbers, warn)
     return [_status(run, owner, numbers[run], jobs.get(run)) for run, owner in owners.items()]
-
-
-def on_one_line(text: str) -> str:
-    """What others have written, for a row of a table."""
-    return printable(text).replace("\n", "\\n")
 
 
 def _is_run(path: Path) -> bool:

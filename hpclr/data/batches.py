@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -40,9 +40,17 @@ class Batch:
     weight: float = 1.0
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device."""
-        mixed = None if self.y_mixed is None else self.y_mixed.to(device)
-        return Batch(self.x.to(device), self.y.to(device), self.indices.to(device), mixed, self.lam, self.weight)
+        """The batch on a device; copied while this process goes on, where the device can fetch it by itself."""
+        asynchronous = torch.device(device).type != "cpu"  # a copy to the CPU would be used before it is there
+        return self._each(lambda tensor: tensor.to(device, non_blocking=asynchronous))
+
+    def in_pinned_memory(self) -> "Batch":
+        """A copy in page-locked memory, from which a CUDA device can fetch it by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, work: Callable[[Tensor], Tensor]) -> "Batch":
+        mixed = None if self.y_mixed is None else work(self.y_mixed)
+        return Batch(work(self.x), work(self.y), work(self.indices), mixed, self.lam, self.weight)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """The batch in pieces of at most `size` samples; each keeps the weight of the whole."""
@@ -112,6 +120,10 @@ class BatchLoader(ABC):
         """Batches an epoch, the smaller last one included."""
         return -(-self.size // self.batch_size)
 
+    def samples(self, step: int) -> int:
+        """How many samples the global batch of a step has."""
+        return min(self.batch_size, self.size - step % len(self) * self.batch_size)
+
     @abstractmethod
     def batch(self, epoch: int, index: int, piece: tuple[int, int] = (0, 1)) -> Batch:
         """This process's part of global batch `index` of an epoch; the same arguments always give the same batch.
@@ -161,8 +173,10 @@ def is_kept(dataset: Dataset, split: str, in_memory: bool | Literal["auto"]) -> 
     return split_bytes(dataset, split) < IN_MEMORY_BYTES if in_memory == "auto" else in_memory
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
     """An uninitialised tensor in memory from numpy, which asks for huge pages: torch's takes twice as long to fill."""
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
     size_bytes = math.prod(shape) * dtype.itemsize
     if not size_bytes:  # numpy gives it strides that torch cannot view
         return torch.empty(shape, dtype=dtype)

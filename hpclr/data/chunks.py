@@ -1,13 +1,13 @@
 """Reading samples from disk by whole chunks."""
 
 from collections import OrderedDict
-from itertools import pairwise
 
 import numpy as np
 
 from hpclr.data.dataset import Dataset
 from hpclr.data.layout import Array
 from hpclr.data.order import Chunks, Indices
+from hpclr.data.rows import runs
 
 
 class ChunkReader:
@@ -37,13 +37,11 @@ class ChunkReader:
         x = np.empty((len(samples), *self._dataset.sample_shape), self._dataset.dtype)
         y = np.empty(len(samples), np.int64)
         chunks = self._chunks.of(samples)
-        bounds = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(samples)]
-        for start, stop in pairwise(bounds):
-            if start < stop:
-                first, chunk_x, chunk_y = self._chunk(int(chunks[start]), keep)
-                rows = samples[start:stop] - first
-                chunk_x.take(rows, axis=0, out=x[start:stop], mode="clip")  # unlike "raise", into `out` directly
-                chunk_y.take(rows, out=y[start:stop], mode="clip")
+        for start, stop in runs(chunks):
+            first, chunk_x, chunk_y = self._chunk(int(chunks[start]), keep)
+            rows = samples[start:stop] - first
+            chunk_x.take(rows, axis=0, out=x[start:stop], mode="clip")  # unlike "raise", into `out` directly
+            chunk_y.take(rows, out=y[start:stop], mode="clip")
         return x, y
 
     def _chunk(self, number: int, keep: int) -> tuple[int, Array, Array]:

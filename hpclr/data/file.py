@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from hpclr.data.layout import (
     rows_in,
     text,
 )
+from hpclr.data.rows import RowReader, row_reader
 from hpclr.data.structure import check_structure, task_of
 from hpclr.errors import UsageError
 
@@ -55,6 +55,7 @@ class DatasetFile:
         self.path = path
         self._file: h5py.File | None = _open(path)
         self._fields: dict[str, h5py.Dataset] = {}
+        self._row_readers: dict[str, RowReader] = {}
         try:
             with _damage_named(path, "the structure"):
                 self._describe(self._file)
@@ -83,11 +84,12 @@ class DatasetFile:
         return file[name][...].astype(np.float64) if present else np.empty(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_fields": {}}
+        return self.__dict__ | {"_file": None, "_fields": {}, "_row_readers": {}}
 
     def close(self) -> None:
         """Closes the file; nothing can then be read from it in this process."""
         self._fields.clear()
+        self._row_readers.clear()
         if self._file is not None:
             self._file.close()
 
@@ -100,7 +102,7 @@ class DatasetFile:
         """The given rows (k,) of a field, in the order asked for; read in the order of the file."""
         unique, places = np.unique(rows, return_inverse=True)
         with _damage_named(self.path, f"{split}/{field}"):
-            return _rows(self._field(split, field), unique)[places]
+            return self._row_reader(split, field)(unique)[places]
 
     def rows_in_chunk(self, split: str) -> int:
         """Samples in a chunk of a split as it is stored, or so many of these chunks as make 1 MiB."""
@@ -148,6 +150,12 @@ class DatasetFile:
         if name not in self._fields:
             self._fields[name] = self._opened()[name]
         return self._fields[name]
+
+    def _row_reader(self, split: str, field: str) -> RowReader:
+        name = f"{split}/{field}"
+        if name not in self._row_readers:
+            self._row_readers[name] = row_reader(self._field(split, field))
+        return self._row_readers[name]
 
     def _opened(self) -> h5py.File:
         if self._file is None:
@@ -238,15 +246,3 @@ def _stamp(file: h5py.File) -> dict[str, int]:
     """Of the open file itself: its name may lead to another one by now."""
     status = os.fstat(file.id.get_vfd_handle())
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _rows(stored: h5py.Dataset, rows: npt.NDArray[np.int64]) -> Array:
-    """Ascending rows of a dataset, each chunk that holds some of them read once."""
-    result = np.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype)
-    chunk = stored.chunks[0] if stored.chunks else rows_in(BLOCK_BYTES, stored.shape[1:], stored.dtype.itemsize)
-    bounds = [0, *(np.flatnonzero(np.diff(rows // chunk)) + 1).tolist(), len(rows)]
-    for first, last in pairwise(bounds if len(rows) else []):
-        start = int(rows[first])
-        piece = stored[start : int(rows[last - 1]) + 1]
-        result[first:last] = piece[rows[first:last] - start]
-    return result

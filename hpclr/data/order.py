@@ -24,6 +24,7 @@ Indices = npt.NDArray[np.int64]
 
 _ROUNDS = 6
 _HALF_ROUNDS = 10
+_STRETCH = 4096  # positions computed at a time: numpy takes as long for those of a batch as for many
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,20 @@ class Order:
         return shuffled.samples(shuffled.places(positions)[0])
 
     def batch(self, seed: int, epoch: int, positions: Indices, sizes: Sequence[int]) -> Indices:
-        """The samples at these positions, in the order in which the processes share them out.
+        """The samples at these positions, which follow one another, in the order in which the processes share them out.
 
         The r-th of N processes takes the r-th N-th of what this returns. With "chunks", that is sorted by place in
         the window, so that it takes about the same N-th of the window's chunks in every batch and touches few
         others. (Not sorted by index or place in the epoch: of a batch that lies in two windows one process would
         get only the first window's samples, from all of its chunks.)
         """
-        if self.kind == "samples":
-            return self.samples(seed, epoch, positions, sizes)
-        shuffled = _shuffled(self, seed, epoch, tuple(sizes))
-        places, first_of_window = shuffled.places(positions)
-        return shuffled.samples(places[np.argsort(places - first_of_window, kind="stable")])
+        _check(positions, sum(sizes))
+        first, last = int(positions[0]), int(positions[-1]) + 1
+        numbers = range(first // _STRETCH, -(-last // _STRETCH))
+        stretches = [_stretch(self, seed, epoch, tuple(sizes), number) for number in numbers]
+        inside = slice(first - numbers[0] * _STRETCH, last - numbers[0] * _STRETCH)
+        samples, places = (np.concatenate(parts)[inside] for parts in zip(*stretches, strict=True))
+        return samples[np.argsort(places, kind="stable")]
 
 
 def sample_order(seed: int, epoch: int, positions: Indices, n: int) -> Indices:
@@ -180,6 +183,17 @@ class ShuffledChunks:
 
     def _first_places(self, slots: Indices) -> Indices:
         return slots * self._chunks.rows - self._lacking[np.searchsorted(self._short_slots, slots)]
+
+
+@lru_cache(maxsize=4)
+def _stretch(order: Order, seed: int, epoch: int, sizes: tuple[int, ...], number: int) -> tuple[Indices, Indices]:
+    """The samples at the `number`-th 4096 positions of an epoch, and by what a batch of them is sorted."""
+    positions = np.arange(number * _STRETCH, min((number + 1) * _STRETCH, sum(sizes)))
+    if order.kind == "samples":
+        return order.samples(seed, epoch, positions, sizes), positions
+    shuffled = _shuffled(order, seed, epoch, sizes)
+    places, first_of_window = shuffled.places(positions)
+    return shuffled.samples(places), places - first_of_window
 
 
 @lru_cache(maxsize=4)

@@ -41,14 +41,15 @@ class Workers:
         loader: what makes the batches; its split, where it is in memory, moves to memory that all share.
         count: how many workers.
         prefetch: how many batches they may be ahead.
+        pinned: whether x of a batch is to be in page-locked memory.
 
     Raises:
         RetryableError: if they cannot be started.
     """
 
-    def __init__(self, loader: BatchLoader, count: int, prefetch: int) -> None:
-        self._loader, self._workers = loader, []
-        self.prefetch = prefetch
+    def __init__(self, loader: BatchLoader, count: int, prefetch: int, *, pinned: bool = False) -> None:
+        self._loader, self._pinned = loader, pinned
+        self._workers: list[_Worker] = []
         atexit.register(self.close)  # multiprocessing would wait at exit for workers that do not end by themselves
         try:
             _share_split(loader)
@@ -73,7 +74,7 @@ class Workers:
         """
         pieces = [worker.take() for worker in self._workers]
         samples = sum(len(piece.y) for piece in pieces)
-        x = empty((samples, *self._loader.x_form.shape), self._loader.x_form.dtype)
+        x = empty((samples, *self._loader.x_form.shape), self._loader.x_form.dtype, pinned=self._pinned)
         torch.cat([piece.x for piece in pieces], out=x)
         y, indices = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("y", "indices"))
         mixed = [piece.y_mixed for piece in pieces if piece.y_mixed is not None]

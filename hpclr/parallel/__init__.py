@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpclr.parallel.replica import Replica
+    from hpclr.parallel.sharded import Sharded
 
-__all__ = ["Replica"]
+__all__ = ["Replica", "Sharded"]
 
-_MODULES = {"Replica": "replica"}
+_MODULES = {"Replica": "replica", "Sharded": "sharded"}
 
 
 def __getattr__(name: str) -> Any:

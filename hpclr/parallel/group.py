@@ -4,7 +4,7 @@ Everything that is not a tensor travels as JSON; nothing is unpickled. Every met
 call it, in the same order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -92,16 +92,17 @@ class Group:
         received = self._broadcast_bytes(buffer, int(length), source)
         return unpack(received)
 
-    def exchange(self, value: Any, tensors: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
-        """What each process has to say, as `broadcast`, from every process to every process, by rank."""
+    def exchange(self, value: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, list[Tensor]]]:
+        """What each process has to say, as `broadcast`, from every process to every process, by rank.
+
+        Each is sent when the one before it has been dealt with, so that one at a time is held; all must be asked for.
+        """
         if self.size == 1:
-            return [(value, list(tensors))]
+            yield value, list(tensors)
+            return
         buffer = pack(value, tensors, self.device)
-        lengths = self._lengths(buffer.numel())
-        return [
-            unpack(self._broadcast_bytes(buffer if source == self.rank else None, length, source))
-            for source, length in enumerate(lengths)
-        ]
+        for source, length in enumerate(self._lengths(buffer.numel())):
+            yield unpack(self._broadcast_bytes(buffer if source == self.rank else None, length, source))
 
     def move(self, value: Any, tensors: Sequence[Tensor], source: int, target: int) -> tuple[Any, list[Tensor]] | None:
         """Sends from one process to another, both of which call this; the target gets it, all others None."""

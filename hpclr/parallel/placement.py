@@ -4,16 +4,21 @@ Each process holds the whole model. What a method remembers of a layer from chec
 that examines it, its owner.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hpclr.errors import UsageError
-from hpclr.lowrank.factors import SVD, FactorizationError, svd
-from hpclr.methods.placement import Examine, Outcome
+from hpclr.lowrank.factors import SVD, FactorizationError, working_dtype
+from hpclr.lowrank.ranks import RankRule
+from hpclr.lowrank.sites import WeightSite
+from hpclr.lowrank.spectra import Measured, measure, measured_in
+from hpclr.methods.placement import Examine, Outcome, decomposed
 from hpclr.parallel import mpi
 from hpclr.parallel.digest import digest
 from hpclr.parallel.group import Group
@@ -30,41 +35,52 @@ class Doing(Protocol):
         """`what` completes "it was …"."""
 
 
+_TURN = 16 << 20  # bytes of new factors that a process finds before it shares them; a message takes three times that
 _MOST_IMBALANCE = 1.25  # of the slowest process's work against a new plan's, from which layers change owners
 
 
 class Rank0:
-    """The first process examines all layers and broadcasts the outcomes, in two messages a check.
+    """The first process examines all layers and broadcasts the outcomes, in two messages for every 16 MiB of factors.
 
     Args:
         group: the processes.
         doing: told what this process does, and whether that takes the others.
     """
 
+    sharded = False
+
     def __init__(self, group: Group, doing: Doing) -> None:
         self._group, self._doing = group, doing
 
+    def measure(self, matrix: Tensor, rule: RankRule | None, *, dense: bool) -> Measured:
+        """As `hpclr.lowrank.spectra.measure`."""
+        return measure(matrix, rule)
+
     def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
-        """As `hpclr.lowrank.factors.svd`."""
-        return svd(matrix)
+        """As `hpclr.methods.placement.decomposed`."""
+        return decomposed(matrix, dense=dense)
 
-    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> dict[str, Outcome]:
+    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> Iterator[tuple[str, Outcome]]:
         """Has every layer examined; see `hpclr.methods.placement.Placement`."""
-        found: tuple[dict[str, Any] | None, list[Tensor]]
-        if self._group.is_first:
-            found = _flat(self._examined(costs, examine))
-        else:
+        if not self._group.is_first:
             memory.clear()
-            found = (None, [])
-        self._doing("sharing the outcomes of a check", waiting=True)
-        return _outcomes(*self._group.broadcast(*found))
+        mine = self._examined(costs if self._group.is_first else (), examine)
+        missing = len(costs)
+        while missing:
+            found = _flat(_one_turn(mine))
+            self._doing("sharing the outcomes of a check", waiting=True)
+            outcomes = _outcomes(*self._group.broadcast(*found))
+            missing -= len(outcomes)
+            yield from outcomes.items()
 
-    def _examined(self, names: Iterable[str], examine: Examine) -> dict[str, Outcome]:
-        outcomes = {}
+    def _examined(self, names: Iterable[str], examine: Examine) -> Iterator[tuple[str, Outcome]]:
         for name in names:
             self._doing(f"decomposing layer '{name}'", waiting=False)
-            outcomes[name] = examine(name)
-        return outcomes
+            yield name, examine(name)
+
+    def whole(self, site: WeightSite, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Each process has the whole model."""
+        return nullcontext()
 
     def gather(self, memory: Memory) -> dict[str, Tensor]:
         """Everything remembered is on the first process."""
@@ -90,15 +106,18 @@ class Spread(Rank0):
         super().__init__(group, doing)
         self._owners: dict[str, int] = {}
 
-    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> dict[str, Outcome]:
+    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> Iterator[tuple[str, Outcome]]:
         """Has every layer examined; see `hpclr.methods.placement.Placement`."""
         self._plan(costs, memory)
         mine = self._examined([name for name in costs if self._owners[name] == self._group.rank], examine)
-        self._doing("sharing the outcomes of a check", waiting=True)
-        found: dict[str, Outcome] = {}
-        for payload in self._group.exchange(*_flat(mine)):
-            found |= _outcomes(*payload)
-        return {name: found[name] for name in costs}
+        missing = len(costs)
+        while missing:
+            found = _flat(_one_turn(mine))
+            self._doing("sharing the outcomes of a check", waiting=True)
+            for payload in self._group.exchange(*found):
+                outcomes = _outcomes(*payload)
+                missing -= len(outcomes)
+                yield from outcomes.items()
 
     def gather(self, memory: Memory) -> dict[str, Tensor]:
         """Everything remembered, on the first process; on the others what they own. Collective."""
@@ -159,6 +178,11 @@ class AllTogether(Rank0):
                 "together: start them with mpirun, or with srun --mpi=pmix; or choose svd: rank0 or spread"
             )
 
+    def measure(self, matrix: Tensor, rule: RankRule | None, *, dense: bool) -> Measured:
+        """Of the leading part of a dense weight, or of all of Σ. Collective."""
+        basis = self.decompose(matrix, dense=dense)
+        return measured_in(basis.to(working_dtype(matrix.dtype)), rule)
+
     def decompose(self, matrix: Tensor, *, dense: bool) -> SVD:
         """The leading part of a dense weight, or all of Σ; the same to the bit on all processes. Collective."""
         if not dense:
@@ -168,7 +192,7 @@ class AllTogether(Rank0):
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise FactorizationError(str(error)) from error
 
-    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> dict[str, Outcome]:
+    def share(self, costs: Mapping[str, float], examine: Examine, memory: Memory) -> Iterator[tuple[str, Outcome]]:
         """Has every layer examined by all; see `hpclr.methods.placement.Placement`."""
         return self._examined(costs, examine)
 
@@ -176,7 +200,7 @@ class AllTogether(Rank0):
         failed, parts = None, []
         if self._group.is_first:
             try:
-                parts = list(svd(matrix))
+                parts = list(decomposed(matrix, dense=False))
             except FactorizationError as error:
                 failed = str(error)
         failed, parts = self._group.broadcast(failed, parts)
@@ -203,6 +227,18 @@ def _slowest(costs: Mapping[str, float], owners: Mapping[str, int]) -> float:
     for name, owner in owners.items():
         loads[owner] = loads.get(owner, 0.0) + costs[name]
     return max(loads.values(), default=0.0)
+
+
+def _one_turn(found: Iterator[tuple[str, Outcome]]) -> dict[str, Outcome]:
+    """The next outcomes, until their factors reach `_TURN` bytes; none when there are no more."""
+    turn: dict[str, Outcome] = {}
+    held = 0
+    for name, outcome in found:
+        turn[name] = outcome
+        held += sum(part.nbytes for part in outcome.basis or ())
+        if held >= _TURN:
+            break
+    return turn
 
 
 def _flat(outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Any], list[Tensor]]:

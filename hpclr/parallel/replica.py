@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hpclr.lowrank.layers import is_sharded
 from hpclr.methods.placement import Here, Placement
 from hpclr.parallel.group import Group
 from hpclr.parallel.placement import AllTogether, Doing, Rank0, Spread
@@ -77,6 +78,11 @@ class Replica(nn.Module):
             raise TypeError(
                 f"the model is already wrapped in {type(module).__name__}; Replica(model) takes its place: pass the "
                 "module inside"
+            )
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            raise TypeError(
+                "each process holds but a part of this model (fully_shard, Sharded), of which there is nothing to "
+                "average: train the Sharded itself, or give Replica the model before it is shared out"
             )
         self.module = module
         self.group = Group()

@@ -16,6 +16,7 @@ from hpclr.lowrank import EMA
 from hpclr.methods import Method
 from hpclr.parallel.group import Group
 from hpclr.parallel.replica import Replica
+from hpclr.parallel.sharded import Sharded
 from hpclr.training.environment import record, seed_everything, seed_of
 from hpclr.training.job import Job, alone, on_this_node
 from hpclr.training.method import build_method, build_replica
@@ -44,7 +45,7 @@ class Assembly:
     valid: BatchLoader | None
     test: BatchLoader
     model: nn.Module
-    replica: Replica
+    replica: Replica | Sharded
     optimizer: Optimizer
     method: Method
     task: Task
@@ -58,6 +59,16 @@ class Assembly:
     def device(self) -> torch.device:
         """Where this process trains."""
         return self.job.device
+
+    @property
+    def sharded(self) -> Sharded | None:
+        """The model as it is shared out over the processes; None where each holds it whole."""
+        return self.replica if isinstance(self.replica, Sharded) and self.job.group.size > 1 else None
+
+    @property
+    def countable(self) -> nn.Module:
+        """The model, or one without data of the same form, on which operations can be counted."""
+        return self.model if self.sharded is None else self.sharded.outline()
 
     def example(self) -> Tensor:
         """An input batch as the model gets it, for counting operations."""
@@ -75,7 +86,6 @@ class _Materials:
     test: BatchLoader
     model: nn.Module
     precision: Precision
-    optimizer: Optimizer
     total_steps: int
 
 
@@ -93,8 +103,9 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
     job = job or alone(run)
     made = job.group.together(lambda: _materials(run, job, continuing))
     job.require_same({"the data's digest": made.dataset.digest})
-    loader, model, optimizer, total = made.loader, made.model, made.optimizer, made.total_steps
+    loader, model, total = made.loader, made.model, made.total_steps
     replica = build_replica(run, model, job)
+    optimizer = job.group.together(lambda: optimizer_of(run, model))
     with usage_errors("method"):
         method = build_method(run, replica, optimizer, total)
     ema = EMA(model, run.train.ema) if run.train.ema is not None else None
@@ -130,15 +141,16 @@ def _materials(run: RunFile, job: Job, continuing: bool) -> _Materials:
     total = run.train.steps or (run.train.epochs or 0) * len(loader)
     samples = task.samples(run.data, dataset)
     model = build_model(run, samples, weights=not continuing)
-    model = with_batch_statistics(run, model, job.device).to(job.device, precision.dtype)
-    x = loader.batch(0, 0).x.to(job.device)
+    # what is to be shared out may not fit on the device
+    place = torch.device("cpu") if run.parallel.shard and job.group.size > 1 else job.device
+    model = with_batch_statistics(run, model, job.device).to(place, precision.dtype)
+    x = loader.batch(0, 0).x.to(place)
     check_outputs(model, x[:2], samples, precision)
     check_extra_state(model)
     check_smallest_piece(model, x[: smallest_piece(run, loader, total, job.group.size)], run, precision)
     if job.group.rank > 0:  # all have the same weights; what they draw while training is their own
         seed_everything(seed_of(run.train.seed, job.group.rank))
-    optimizer = optimizer_of(run, model)
-    return _Materials(dataset, task, loader, valid, test, model, precision, optimizer, total)
+    return _Materials(dataset, task, loader, valid, test, model, precision, total)
 
 
 def data_files(run: RunFile) -> list[Path]:

@@ -57,6 +57,10 @@ class Meter:
         else:  # that of an earlier attempt is of other memory
             position.peak_memory = position.peak_memory_of = None
 
+    def memory(self) -> int:
+        """The most bytes that this process has held so far."""
+        return self._memory.bytes()
+
     def totals(self, position: Position) -> dict[str, Any]:
         """What a summary says of the cost of a run; None for what is not known."""
         reduced, steps = position.reduced_bytes, position.step
@@ -73,7 +77,7 @@ class Meter:
         model = self._parts.model
         shapes = tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters())
         if shapes != self._shapes:
-            begins_dense = self._shapes is None and not any(lowrank_modules(model))
+            begins_dense = self._shapes is None and not any(lowrank_modules(model)) and not self._parts.method.adapts
             self._own = self._dense if begins_dense else {}
             self._shapes, self._penalty = shapes, None
             self._gradient_bytes = self._parts.replica.gradient_bytes
@@ -99,10 +103,9 @@ class Meter:
 
     def _pieces(self, step: int) -> Counter[int]:
         """The pieces in which a step's batch is trained on."""
-        loader, run = self._parts.loader, self._parts.run
-        first = step % len(loader) * loader.batch_size
-        batch = min(loader.batch_size, loader.size - first)
-        return pieces_of(batch, self._parts.job.group.size, run.train.micro_batch)
+        parts = self._parts
+        in_step = parts.sharded is not None
+        return pieces_of(parts.loader.samples(step), parts.job.group.size, parts.run.train.micro_batch, in_step)
 
     def _undisturbed(self, count: Callable[[], int]) -> int:
         """Counts; whatever a model draws on the way is given back."""
@@ -120,17 +123,21 @@ class Meter:
             torch.empty(size, *form.shape, dtype=form.dtype, device="meta") for form in (loader.x_form, loader.y_form)
         )
         batch = Batch(x, y, torch.empty(size, dtype=torch.int64, device="meta"))
-        return count_training_flops(self._parts.model, lambda model: task.loss(model(x), batch), dense=dense)
+        form = self._parts.method.dense_form
+        return count_training_flops(
+            self._parts.countable, lambda model: task.loss(model(x), batch), dense=dense, dense_form=form
+        )
 
 
 @cache
-def pieces_of(batch: int, processes: int, most: int | None) -> Counter[int]:
+def pieces_of(batch: int, processes: int, most: int | None, in_step: bool = False) -> Counter[int]:
     """Samples that the model sees at once → how often, over all processes, in a step.
 
     Args:
         batch: samples of the global batch; each process has at least one that stands in.
         processes: how many share it.
         most: samples at once, None for all of a process's part.
+        in_step: whether all make equally many passes, some in vain over their first piece.
     """
     pieces: Counter[int] = Counter()
     for rank in range(processes):
@@ -138,8 +145,16 @@ def pieces_of(batch: int, processes: int, most: int | None) -> Counter[int]:
         whole, rest = divmod(part, most or part)
         pieces[most or part] += whole
         pieces[rest] += 1
+        if in_step:
+            pieces[min(most or part, part)] += passes_of(batch, processes, most) - whole - (rest > 0)
     del pieces[0]
     return +pieces
+
+
+def passes_of(batch: int, processes: int, most: int | None) -> int:
+    """How many passes the process with the largest part of a batch makes; arguments as for `pieces_of`."""
+    largest = max(1, -(-batch // processes))
+    return -(-largest // (most or largest))
 
 
 def _sum(total: int | None, more: int | None) -> int | None:

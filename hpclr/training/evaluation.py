@@ -15,13 +15,15 @@ from hpclr.checkpoint.digest import read_sidecar, sidecar_of
 from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.describe import show
-from hpclr.config.schema import Cuttlefish, FixedRank, Target, Truncate
+from hpclr.config.schema import Cuttlefish, FixedRank, Lora, Target, Truncate
 from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
+from hpclr.lowrank.adapters import shape_model_like_adapters
 from hpclr.lowrank.two_factors import freeze_middles
 from hpclr.training.assembly import data_files, held_out
 from hpclr.training.environment import choose_device, use_threads
+from hpclr.training.lora import add_lora
 from hpclr.training.model import build_model, check_outputs
 from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
@@ -205,9 +207,12 @@ def _standardize_as_in_training(dataset: Dataset, loaded: Loaded) -> None:
 
 def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:
     """Gives it the weights that the run itself would be judged by: averaged ones where it keeps them."""
-    tree = loaded.tree
+    tree, state = loaded.tree, tensors(loaded.tree["model"])
     try:
-        load_state_dict(model, tensors(tree["model"]))
+        if isinstance(run.method, Lora):
+            add_lora(model, run.method)
+        shape_model_like_adapters(model, state)
+        load_state_dict(model, state)
     except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
         raise UsageError(f"the weights in {loaded.path} do not fit the model that it names: {error}") from error
     if run.train.ema is not None:

@@ -4,36 +4,32 @@ Except for ONNX, which holds the computation too, everything follows from the ch
 and nothing is imported.
 """
 
-import errno
 import json
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hpclr.checkpoint import Json, Loaded, Tree, load_file, write_tree
-from hpclr.checkpoint.digest import check_found, read_sidecar, sha256_of, sidecar_of, write_sidecar
-from hpclr.errors import HpclrError, RetryableError, UsageError
-from hpclr.files import synchronise
+from hpclr.checkpoint.digest import check_found, sha256_of, write_sidecar
+from hpclr.errors import UsageError
+from hpclr.lowrank.adapters import adapter_names
 from hpclr.lowrank.interchange import cast_state_dict, dense_state_dict
 from hpclr.output import printable
-from hpclr.training.evaluation import digests_of, find_checkpoint
+from hpclr.training.adapter_files import check_suffix, write_adapter
+from hpclr.training.evaluation import digests_of, find_checkpoint, malformed_named
 from hpclr.training.run_directory import reading
+from hpclr.training.state import from_tree
 from hpclr.training.stored_weights import Layers, StoredWeights, stored_weights
+from hpclr.training.written_files import written_whole
 from hpclr.version import __version__
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".onnx": "onnx", ".h5": "hdf5"}
-_MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -111,9 +107,42 @@ def export_checkpoint(
         "hdf5": _write_hdf5,
         "onnx": lambda path, weights: _write_onnx(path, weights, loaded, trust),
     }
-    with _written_whole(out) as temporary:
+    with written_whole(out) as temporary:
         note = writers[chosen](temporary, weights)
     return Exported(out, loaded.step, _described(stored, factored), out.stat().st_size, note)
+
+
+def export_adapter(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    average: bool = True,
+    best: bool = False,
+    untrusted: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Writes the adapters in a checkpoint, and what else was trained, to `out`; arguments as for `export_checkpoint`.
+
+    Raises:
+        UsageError: if the checkpoint has no adapters, or it or `out` cannot be used.
+        RetryableError: if the disk is full or fails.
+    """
+    source = find_checkpoint(checkpoint, best=best)
+    check_suffix(out)
+    with reading(out):
+        _check_place(out, source, force)
+    digest = _digest_of(source, untrusted)
+    loaded = load_file(source, digests=[digest])
+    stored = stored_weights(loaded.tree, source, average=average, merge=False)
+    if not stored.adapters:
+        raise UsageError(f"{source}: it has no adapters; method sara, mo_sara, edora or lora trains some")
+    with malformed_named(source):
+        names = [*from_tree(loaded.tree["method"])["state"]["trained"], *adapter_names(stored.adapters)]
+        entries = cast_state_dict({name: stored.state[name] for name in names}, DTYPES[dtype] if dtype else None)
+    write_adapter(out, entries, _facts(loaded, digest, stored), loaded.step)
+    what = f"adapters and what trained with them ({sum(value.numel() for value in entries.values()):,} numbers)"
+    return Exported(out, loaded.step, what, out.stat().st_size, "")
 
 
 def _format_of(out: Path) -> str:
@@ -154,19 +183,24 @@ def _check_place(out: Path, source: Path, force: bool) -> None:
 def _prepared(
     loaded: Loaded, digest: str, stored: StoredWeights, factored: bool, dtype: torch.dtype | None
 ) -> _Weights:
-    facts = {
-        "hpclr": __version__,
-        "step": str(loaded.step),
-        "weights": "averaged" if stored.averaged else "own",
-        "source": printable(loaded.path.name),  # where its bytes are no text, formats that hold text fail
-        "source_sha256": digest,
-    }
+    facts = _facts(loaded, digest, stored)
     try:
         if factored:
             return _Weights(cast_state_dict(stored.state, dtype), stored.layers, dtype, facts, loaded.step)
         return _Weights(dense_state_dict(stored.state, stored.layers, dtype), {}, dtype, facts, loaded.step)
     except ValueError as error:
         raise UsageError(f"{loaded.path}: {error}; choose another --dtype") from error
+
+
+def _facts(loaded: Loaded, digest: str, stored: StoredWeights) -> dict[str, str]:
+    """Where weights come from."""
+    return {
+        "hpclr": __version__,
+        "step": str(loaded.step),
+        "weights": "averaged" if stored.averaged else "own",
+        "source": printable(loaded.path.name),  # where its bytes are no text, formats that hold text fail
+        "source_sha256": digest,
+    }
 
 
 def _described(stored: StoredWeights, factored: bool) -> str:
@@ -230,49 +264,3 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
         for key, value in state.items()
     }
-
-
-@contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A name for a new file that takes the place of `out`, its digest with it, if the block succeeds.
-
-    Raises:
-        UsageError, RetryableError: if it cannot be written; what was there is still there then.
-    """
-    try:
-        with TemporaryDirectory(prefix=".tmp-export-", dir=out.parent) as directory:
-            temporary = Path(directory) / out.name
-            yield temporary
-            temporary.chmod(0o644)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            _put_in_place(temporary, out)
-        synchronise(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise _not_written(out, error) from error
-
-
-def _not_written(out: Path, error: OSError | SafetensorError) -> HpclrError:
-    """75 for a disk that is full or fails, as elsewhere; safetensors tells its reason as text alone."""
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
-    if number in _MAY_PASS:
-        return RetryableError(
-            f"{out}: it cannot be written: {error}. Once there is space and the disk works, try again."
-        )
-    return UsageError(f"{out}: it cannot be written: {error}. Check that there is space and the directory is writable.")
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """By renames. While a file with a digest replaces another, the content of either is good.
-
-    A digest that another export left under this name goes: it is of other content.
-    """
-    digests = read_sidecar(temporary) if sidecar_of(temporary).exists() else []
-    if digests and out.exists():
-        write_sidecar(out, *digests, sha256_of(out))
-    os.replace(temporary, out)
-    if digests:
-        write_sidecar(out, *digests)
-    else:
-        sidecar_of(out).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """`hpclr inspect`: what a checkpoint holds, without importing anything it names."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from rich.table import Table
 from torch import Tensor
 
 from hpclr.checkpoint import Tree
-from hpclr.lowrank.factors import svd
+from hpclr.lowrank.adapters import rank_stored
 from hpclr.lowrank.product import Factors
+from hpclr.lowrank.spectra import core_of, singular_values
 from hpclr.output import printable
 from hpclr.training.evaluation import load_run, malformed_named
 from hpclr.training.scores import shown
 from hpclr.training.state import Position, from_tree, position_of, tensors
+from hpclr.training.stored_weights import Adapters, stored_weights
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
@@ -39,6 +42,8 @@ def show_checkpoint(
     loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
     with malformed_named(loaded.path):
         tables = [_facts(loaded.tree, loaded.path, run.method.name), _layers(tensors(loaded.tree["model"]))]
+        if adapters := stored_weights(loaded.tree, loaded.path, merge=False).adapters:
+            tables.append(_adapters(adapters, tensors(loaded.tree["model"])))
     for table in tables:
         console.print(table)
 
@@ -73,35 +78,43 @@ def _layers(weights: dict[str, Tensor]) -> Table:
     table = Table(title="factored layers", title_justify="left")
     for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
         table.add_column(column)
+    for name, factors in factored_layers(weights):
+        shape = f"{factors.u.shape[0]}×{factors.vh.shape[1]}"
+        table.add_row(printable(name), shape, str(len(factors.sigma)), *_spectrum(factors))
+    return table
+
+
+def _adapters(adapters: Adapters, weights: Mapping[str, Tensor]) -> Table:
+    table = Table(title="adapters", title_justify="left")
+    for column in ("layer", "adapter", "weight", "rank", "numbers"):
+        table.add_column(column)
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    for name, entry in adapters.items():
+        numbers = sum(weights[key].numel() for key in entry.parts.values())
+        shape = "×".join(map(str, shapes[entry.weight]))
+        table.add_row(printable(name), entry.form, shape, str(rank_stored(entry, shapes)), f"{numbers:,}")
+    return table
+
+
+def factored_layers(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
+    """The layers that a state dict holds as factors, by the names of their entries."""
     for name, core in weights.items():
         match = re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name)
         if match and {f"{match[1]}u", f"{match[1]}vh"} <= weights.keys():
-            shape = f"{weights[match[1] + 'u'].shape[0]}×{weights[match[1] + 'vh'].shape[1]}"
-            factors = Factors(weights[f"{match[1]}u"], core, weights[f"{match[1]}vh"])
-            table.add_row(printable(match[1].rstrip("._")), shape, str(len(core)), *_spectrum(factors))
-    return table
+            yield match[1].rstrip("._"), Factors(weights[f"{match[1]}u"], core, weights[f"{match[1]}vh"])
 
 
 def _spectrum(factors: Factors) -> tuple[str, str, str]:
     """The largest singular value of the weight, the smallest relative to it, and all as bars."""
     if not all(torch.isfinite(factor).all() for factor in factors):
         return "not finite", "–", "–"
-    s = svd(_core(*factors)).s
+    s = singular_values(core_of(*factors))
     ratio = float(s[-1] / s[0]) if s[0] > 0 else 0.0
-    return f"{float(s[0]):.4g}", f"{ratio:.3f}", _sparkline(s)
+    return f"{float(s[0]):.4g}", f"{ratio:.3f}", sparkline(s)
 
 
-def _core(u: Tensor, core: Tensor, vh: Tensor) -> Tensor:
-    """A small matrix with the singular values of the weight; factors that are trained need not be orthonormal."""
-    if core.ndim == 2:
-        return core
-    left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (u * core, vh.mT))
-    product: Tensor = left @ right.mT
-    return product
-
-
-def _sparkline(s: Tensor) -> str:
-    """The singular values, largest first, as bars relative to the largest."""
-    step = max(1, -(-len(s) // WIDTH))
+def sparkline(s: Tensor, width: int = WIDTH) -> str:
+    """The singular values, largest first, as bars relative to the largest, at most `width` of them."""
+    step = max(1, -(-len(s) // width))
     top = float(s[0]) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int(float(value) / top * len(BARS)))] for value in s[::step])

@@ -1,6 +1,6 @@
 """Whether a method fits the length of its run; asked of the run file alone, so that many runs can be checked first."""
 
-from hpclr.config.schema import Cuttlefish, Section
+from hpclr.config.schema import Cuttlefish, Oialr, Section
 
 # Of each method the key that says when its weights become low-rank.
 MOMENTS = {"oialr": "delay", "svd_training": "prune_at", "truncate": "at", "cuttlefish": "delay"}
@@ -37,3 +37,17 @@ def check_length(section: Section, total: int) -> None:
         )
     if isinstance(section, Cuttlefish):
         check_measurements(section.window, in_steps("every", section.every, total), step)
+
+
+def check_steps(section: Section, total: int) -> dict[str, int] | None:
+    """When a method has its checks: at delay + j·every for all whole j, in steps; None if not regularly.
+
+    Args:
+        section: the run file's `method`.
+        total: steps of the run.
+    """
+    from hpclr.methods.schedule import in_steps
+
+    if not isinstance(section, Oialr):
+        return None
+    return {key: in_steps(key, getattr(section, key), total) for key in ("delay", "every")}

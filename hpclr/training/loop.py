@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from hpclr.checkpoint import CheckpointStore, Tree
+from hpclr.checkpoint import CheckpointStore, TreeLike
 from hpclr.data import Batch, BatchLoader, BatchStream
 from hpclr.errors import StopRequestedError, TrainingDivergedError
 from hpclr.files import write_whole
@@ -18,14 +18,16 @@ from hpclr.output import say
 from hpclr.parallel.digest import digest
 from hpclr.parallel.verify import require_equal
 from hpclr.training.assembly import Assembly, steps_between_validations
-from hpclr.training.cost import Meter
+from hpclr.training.cost import Meter, passes_of
 from hpclr.training.metrics import LossLog, MetricsFile
+from hpclr.training.pace import Pace
 from hpclr.training.progress import Display
 from hpclr.training.run_directory import RunDirectory, writing
 from hpclr.training.saving import LAST_PAUSES, Saving, usual_seconds
 from hpclr.training.schedules import set_learning_rate
 from hpclr.training.scores import Score, judged_by
-from hpclr.training.state import Position, capture, not_finite, position_of, tensors
+from hpclr.training.shared_saving import SharedSaving
+from hpclr.training.state import Position, capture, from_tree, not_finite, position_of
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
 
@@ -57,10 +59,10 @@ class Trainer:
     ) -> None:
         self.parts, self.position, self.directory, self.store, self.shown = parts, position, directory, store, shown
         self.job, self.group, self.stop = parts.job, parts.job.group, stop
-        self.metrics = MetricsFile(directory.metrics if self.group.is_first else None)
+        self.metrics = MetricsFile(directory.metrics if self.group.is_first else None, shown.record)
         self._validate_every = steps_between_validations(parts.run, len(parts.loader))
-        self.losses = LossLog(self.metrics, shown, 1 if parts.device.type == "cpu" else 10, self._summed)
-        self.saving = Saving(
+        self.losses = LossLog(self.metrics, 1 if parts.device.type == "cpu" else 10, self._summed)
+        self.saving = (Saving if parts.sharded is None else SharedSaving)(
             store,
             parts.run.checkpoint,
             self.group,
@@ -72,6 +74,7 @@ class Trainer:
             longest=usual_seconds(directory.metrics) if self.group.is_first else 0.0,
         )
         self._meter = Meter(parts)
+        self.pace = Pace(self.metrics.append, self._meter.memory, position.step)
         self._clock = time.monotonic()
         self._began_at = position.step
         self._saved_at = position.step or None
@@ -91,7 +94,8 @@ class Trainer:
         self.parts.replica.train()
         with self.stop.listening(), self._batches() as self.batches, self.saving:
             if self.position.step == 0:
-                self._save(pauses=())  # a full disk or a missing permission shows now, not after an hour
+                with self.pace.save:
+                    self._save(pauses=())  # a full disk or a missing permission shows now, not after an hour
             self.stop.agreed = self.group.on_first(self._wants_to_stop)  # there may be no time to train at all
             while not self._at_end():
                 if self.stop.agreed:
@@ -100,18 +104,22 @@ class Trainer:
                 if self.losses.full:
                     self._settle_losses()
                 self.saving.settle()
-                self._adapt()
+                with self.pace.check:
+                    self._adapt()
                 self._verify_if_due()
-                improved = self._validate_if_due()
-                self._save_if_due(improved)
+                with self.pace.valid:
+                    improved = self._validate_if_due()
+                with self.pace.save:
+                    self._save_if_due(improved)
+                self.pace.look(self.position.step)
             self._finish()
 
     def _batches(self) -> BatchStream:
         """This process's parts of the batches that are still to come."""
-        data = self.parts.run.data
-        return BatchStream(
-            self.parts.loader, self.position.step, self.parts.total_steps, workers=data.workers, prefetch=data.prefetch
-        )
+        parts, data = self.parts, self.parts.run.data
+        steps = self.position.step, parts.total_steps
+        pinned = parts.device.type == "cuda"
+        return BatchStream(parts.loader, *steps, workers=data.workers, prefetch=data.prefetch, pinned=pinned)
 
     def _at_end(self) -> bool:
         return self.position.ended(self.parts.total_steps, self.parts.run.validation.patience)
@@ -122,7 +130,9 @@ class Trainer:
         rate = parts.learning_rate(step)
         set_learning_rate(parts.optimizer, rate)
         self.job.doing("reading data", step)
-        batch = next(self.batches).to(parts.device)
+        with self.pace.data:
+            batch = next(self.batches)
+        batch = batch.to(parts.device)
         loss = self._accumulate(batch, step)
         if parts.run.train.clip_norm is not None:
             parts.precision.clip(parts.optimizer, parts.model, parts.run.train.clip_norm)
@@ -138,12 +148,14 @@ class Trainer:
         The replica takes the mean of the processes' gradients; a factor of their number makes it the sum.
         """
         parts, total = self.parts, torch.zeros((), dtype=torch.float64, device=self.parts.device)
-        pieces = list(batch.split(parts.run.train.micro_batch or len(batch.y)))
+        pieces = [(piece, batch.weight * len(piece.y) / len(batch.y)) for piece in batch.split(self._at_once(batch))]
+        if parts.sharded is not None:  # each pass gathers weights from all processes, so all make equally many
+            most = passes_of(parts.loader.samples(step), self.group.size, parts.run.train.micro_batch)
+            pieces = [(pieces[0][0], 0.0)] * (most - len(pieces)) + pieces
         self.job.doing("preparing to add up gradients", step, waiting=True)
         parts.replica.prepare()
         self.job.doing("computing gradients", step)
-        for number, piece in enumerate(pieces, start=1):
-            weight = batch.weight * len(piece.y) / len(batch.y)
+        for number, (piece, weight) in enumerate(pieces, start=1):
             with nullcontext() if number == len(pieces) else parts.replica.no_sync():
                 with parts.precision.context():
                     loss: Tensor = parts.task.loss(parts.replica(piece.x), piece) * weight
@@ -152,6 +164,10 @@ class Trainer:
                     self.job.doing("adding up gradients over the processes", step, waiting=True)
                 parts.precision.backward((loss + parts.method.penalty() * weight) * self.group.size)
         return total
+
+    def _at_once(self, batch: Batch) -> int:
+        """How many samples the model sees at once."""
+        return self.parts.run.train.micro_batch or len(batch.y)
 
     def _summed(self, losses: Tensor) -> Tensor:
         """Losses summed over the processes; the same message carries the requests to stop, and to save."""
@@ -174,7 +190,7 @@ class Trainer:
             self._record_check()
 
     def _record_check(self) -> None:
-        sizes = summarize(self.parts.model, self.parts.optimizer)
+        sizes = summarize(self.parts.model, self.parts.optimizer, dense_form=self.parts.method.dense_form)
         facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
         facts |= {"ranks": self.parts.method.ranks, "rank_share": sizes.rank_share}
         self.metrics.append("check", self.position.step, **(sizes.as_dict() | facts | self._spent()))
@@ -187,6 +203,8 @@ class Trainer:
     def _verify_if_due(self) -> None:
         """Replicas that have drifted apart are found before much is lost."""
         every = self.parts.run.parallel.verify_every
+        if self.parts.sharded is not None:
+            return  # there is one copy of everything
         if self.group.size > 1 and every is not None and self.position.step % every == 0:
             self.job.doing("comparing parameters", self.position.step, waiting=True)
             require_equal(self.group, {"parameters": str(digest(self.parts.model.parameters()))})
@@ -206,8 +224,9 @@ class Trainer:
         """A split's score, with averaged weights where the run keeps them."""
         parts = self.parts
         parts.replica.synchronise_buffers()
-        with nullcontext(parts.model) if parts.ema is None else parts.ema.applied() as model:
-            return parts.task.score(model, loader, parts.precision, self.group, self._validating)
+        with nullcontext(parts.sharded or parts.model) if parts.ema is None else parts.ema.applied() as model:
+            shared = parts.sharded is not None
+            return parts.task.score(model, loader, parts.precision, self.group, self._validating, in_step=shared)
 
     def _validating(self) -> None:
         self.job.doing("validating", self.position.step)
@@ -226,7 +245,8 @@ class Trainer:
         self.position.finished = self._at_end()
         self._look_at_clock()
         self._meter.take_memory(self.position)
-        self.job.doing("saving", self.position.step, waiting=not self.group.is_first)
+        one_saves = self.parts.sharded is None
+        self.job.doing("saving", self.position.step, waiting=one_saves and not self.group.is_first)
         self.parts.replica.synchronise_buffers()
         tree = capture(self.parts, self.position)
         metric = self.position.best(judged_by(self.parts.run)) if best else None
@@ -258,14 +278,13 @@ class Trainer:
                 f"the loss of step {step} is {loss}; training cannot go on. {self._last_good()} {_CALMER}"
             )
 
-    def _require_finite(self, tree: Tree) -> None:
+    def _require_finite(self, tree: TreeLike) -> None:
         """No checkpoint holds weights, moments or averages that are not finite; a mask of -inf is none of these.
 
         Called while training goes on, with a copy of what it had come to.
         """
-        weights = tensors(tree["model"])
-        judged: Tree = {name: value for name, value in weights.items() if name not in self._unbounded}
-        name = not_finite({"model": judged, "optimizer": tree["optimizer"], "ema": tree["ema"]})
+        weights = {name: value for name, value in from_tree(tree["model"]).items() if name not in self._unbounded}
+        name = not_finite({"model": weights, "optimizer": tree["optimizer"], "ema": tree["ema"]})
         if name is not None:
             raise TrainingDivergedError(
                 f"after step {position_of(tree).step} '{name}' is no longer finite; training cannot go on, and this "
@@ -280,6 +299,7 @@ class Trainer:
 
     def _leave(self) -> None:
         self._save(pauses=LAST_PAUSES)
+        self.pace.settle(self.position.step)
         self.group.on_first(self.metrics.settle)
         reason = next(filter(None, self.group.gather(self.stop.reason)))
         idle = "nothing was trained, and " if self.position.step == self._began_at else ""
@@ -291,6 +311,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """The test score and the summary, after the last checkpoint."""
+        self.pace.settle(self.position.step)
         score = self._score(self.parts.test)
         self.group.on_first(lambda: self._summarise(score))
 

@@ -3,7 +3,8 @@
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,22 @@ from torch import Tensor
 
 from hpclr.files import write_whole
 from hpclr.output import say
-from hpclr.training.progress import Display
+from hpclr.track.records import record_of
 from hpclr.training.run_directory import writing
 
 _MOST_WAITING = 100_000  # lines, some 20 MB
 
 
 class MetricsFile:
-    """Appends records; a record has a `kind` and the `step` after which it was taken.
+    """Appends records; a record has a `kind`, the `step` after which it was taken, and the `time` (Unix, seconds).
 
     Args:
         path: the file; made when the first record comes. None, as on all processes but the first: nothing is recorded.
+        show: is given every record, whether or not it can be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, show: Callable[[Mapping[str, Any]], None] = lambda record: None) -> None:
+        self._path, self._show = path, show
         self._waiting: list[bytes] = []  # lines that could not be written yet
         self._lost = 0
 
@@ -36,8 +38,9 @@ class MetricsFile:
         """Writes one record; where it cannot be written, it is kept, and written with a later one."""
         if self._path is None:
             return
-        had_trouble = bool(self._waiting)
-        self._waiting.append(_line({"kind": kind, "step": step, **values}))
+        had_trouble, record = bool(self._waiting), {"kind": kind, "step": step, "time": now(), **values}
+        self._show(record)
+        self._waiting.append(_line(record))
         try:
             self._write(self._path)
         except OSError as error:
@@ -75,7 +78,7 @@ class MetricsFile:
             self._waiting[: _MOST_WAITING // 2] = [_line({"kind": "gap", "step": step, "lost": self._lost})]
 
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after this step, and a line that a crash cut short.
+        """Drops what was recorded after this step, and a line that a crash cut short; that there were attempts stays.
 
         Raises:
             HpclrError: as `writing`.
@@ -83,9 +86,7 @@ class MetricsFile:
         if self._path is None or not self._path.exists():
             return
         with writing(self._path.parent):
-            kept = [
-                record for record in read_metrics(self._path) if record["step"] <= step and record["kind"] != "final"
-            ]
+            kept = (record for record in read_metrics(self._path) if _is_kept(record, step))
             write_whole(self._path, b"".join(map(_line, kept)))
 
 
@@ -94,18 +95,17 @@ class LossLog:
 
     Args:
         metrics: where they are recorded.
-        shown: where they are shown.
         every: how many to gather; 1 on a CPU, where fetching costs nothing.
         total: sums over all processes what each has of the losses (n,).
     """
 
-    def __init__(self, metrics: MetricsFile, shown: Display, every: int, total: Callable[[Tensor], Tensor]) -> None:
-        self._metrics, self._shown, self._every, self._total = metrics, shown, every, total
+    def __init__(self, metrics: MetricsFile, every: int, total: Callable[[Tensor], Tensor]) -> None:
+        self._metrics, self._every, self._total = metrics, every, total
         self._waiting: list[tuple[int, Tensor, dict[str, Any]]] = []
 
     def add(self, step: int, loss: Tensor, **values: Any) -> None:
         """Takes the loss of a step, or this process's part of it: a tensor without dimensions."""
-        self._waiting.append((step, loss, values))
+        self._waiting.append((step, loss, {"time": now(), **values}))
 
     @property
     def full(self) -> bool:
@@ -113,7 +113,7 @@ class LossLog:
         return len(self._waiting) >= self._every
 
     def flush(self) -> tuple[int, float] | None:
-        """Records and shows what is waiting; returns the first step whose loss is not finite, and that loss."""
+        """Records what is waiting; returns the first step whose loss is not finite, and that loss."""
         if not self._waiting:
             return None
         losses = self._total(torch.stack([loss for _, loss, _ in self._waiting])).tolist()
@@ -122,7 +122,6 @@ class LossLog:
             self._metrics.append("train", step, loss=loss, **values)
             if not math.isfinite(loss):
                 return step, loss
-        self._shown.step(entries[-1][0], losses[-1])
         return None
 
 
@@ -132,10 +131,18 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open("rb") as file:
         for line in file:
-            with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                record = msgspec.json.decode(line, type=dict[str, Any])
-                if isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):
-                    yield record
+            if (record := record_of(line)) is not None:
+                yield record
+
+
+def now() -> float:
+    """Unix time in seconds, to the millisecond."""
+    return round(time.time(), 3)
+
+
+def _is_kept(record: Mapping[str, Any], step: int) -> bool:
+    kind: str = record["kind"]
+    return kind == "attempt" or (kind != "final" and bool(record["step"] <= step))
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -20,14 +20,14 @@ from hpclr.training.tasks import TASKS
 from hpclr.training.weights import load_initial_weights
 
 
-def build_model(run: RunFile, samples: Samples, *, weights: bool = True) -> nn.Module:
+def build_model(run: RunFile, samples: Samples | None, *, weights: bool = True) -> nn.Module:
     """The model of a run file with its initial weights, which depend on the seed alone, or are those it names.
 
     A `target:` is imported and called: only for run files of the user's own, or with their word for it.
 
     Args:
         run: the run file.
-        samples: what it is for.
+        samples: what it is for; None: not known, which does for a `target:` alone.
         weights: whether to read `model.weights`; not where all weights are about to be replaced.
 
     Raises:
@@ -35,7 +35,11 @@ def build_model(run: RunFile, samples: Samples, *, weights: bool = True) -> nn.M
     """
     seed_everything(run.train.seed)
     section = run.model
-    model = import_target(section) if isinstance(section, Target) else _built_in(section, samples)
+    if isinstance(section, Target):
+        model = import_target(section)
+    else:
+        assert samples is not None
+        model = _built_in(section, samples)
     if weights and section.weights is not None:
         load_initial_weights(model, section.weights, section.weights_except)
     return model

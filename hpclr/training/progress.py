@@ -1,14 +1,16 @@
-"""What a person sees while a run trains: a bar on a terminal, a line now and then in a log."""
+"""What a person sees while a run trains: a live view on a terminal, a line now and then in a log."""
 
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import TextIO, cast
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hpclr.output import Unfailing, say, say_in_log
+
+if TYPE_CHECKING:
+    from hpclr.track.view import View
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,44 +25,43 @@ class Display(ABC):
         """Closes the display."""
 
     @abstractmethod
-    def step(self, step: int, loss: float) -> None:
-        """After every optimiser step."""
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Takes what is recorded in metrics.jsonl, after every optimiser step and in between."""
 
     @abstractmethod
     def note(self, text: str) -> None:
         """Something worth a line of its own."""
 
 
-class Bar(Display):
-    """A progress bar, with notes above it."""
+class Live(Display):
+    """A view that renews itself, with notes above it.
 
-    def __init__(self, name: str, total: int, start: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(file=cast(TextIO, Unfailing(sys.stderr)), highlight=False, emoji=False),
-        )
-        self._task = self._progress.add_task(name, total=total, completed=start, loss=float("nan"))
+    Args:
+        view: what is known of the run so far.
+    """
 
-    def __enter__(self) -> "Bar":
-        self._progress.start()
+    def __init__(self, view: "View") -> None:
+        from rich.console import Console
+
+        from hpclr.track.screen import live
+
+        self._view = view
+        self._live = live(view, Console(file=cast(TextIO, Unfailing(sys.stderr)), highlight=False, emoji=False))
+
+    def __enter__(self) -> "Live":
+        self._live.start(refresh=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
-    def step(self, step: int, loss: float) -> None:
-        """Moves the bar."""
-        self._progress.update(self._task, completed=step, loss=loss)
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Changes what the next renewal shows."""
+        self._view.take(record)
 
     def note(self, text: str) -> None:
-        """Prints above the bar."""
-        self._progress.console.print(text, markup=False)
+        """Prints above the view."""
+        self._live.console.print(text, markup=False)
         say_in_log(text)
 
 
@@ -71,14 +72,16 @@ class Lines(Display):
         self._name, self._total, self._start = name, total, start
         self._began = self._last = time.monotonic()
 
-    def step(self, step: int, loss: float) -> None:
-        """Prints a line if the last one is some time ago, and at the end."""
-        now = time.monotonic()
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Prints a line of a step if the last one is some time ago, and at the end."""
+        if record["kind"] != "train":
+            return
+        now, step = time.monotonic(), record["step"]
         if now - self._last < SECONDS_BETWEEN_LINES and step < self._total:
             return
         self._last = now
         speed = (step - self._start) / max(now - self._began, 1e-9)
-        self.note(f"step {step}/{self._total}  loss {loss:.4f}  {speed:.1f} steps/s")
+        self.note(f"step {step}/{self._total}  loss {record['loss']:.4f}  {speed:.1f} steps/s")
 
     def note(self, text: str) -> None:
         """Prints a line."""
@@ -88,13 +91,26 @@ class Lines(Display):
 class Nothing(Display):
     """For the processes that do not speak."""
 
-    def step(self, step: int, loss: float) -> None:
+    def record(self, record: Mapping[str, Any]) -> None:
         """Shows nothing."""
 
     def note(self, text: str) -> None:
         """Shows nothing."""
 
 
-def display(name: str, total: int, start: int) -> Display:
-    """The display that fits where standard error goes."""
-    return Bar(name, total, start) if Unfailing(sys.stderr).isatty() else Lines(name, total, start)
+def display(name: str, total: int, start: int, metrics: Path) -> Display:
+    """The display that fits where standard error goes.
+
+    Args:
+        name: of the run.
+        total: optimiser steps of the run.
+        start: those done.
+        metrics: the records so far; they may not be there yet.
+    """
+    if not Unfailing(sys.stderr).isatty():
+        return Lines(name, total, start)
+    from hpclr.track.view import View
+
+    view = View(name)
+    view.catch_up(metrics)
+    return Live(view)

@@ -1,24 +1,30 @@
 """`hpclr train`: from a run file to a finished run, or on from where it stopped."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hpclr.checkpoint import CheckpointStore, Loaded
+from hpclr.checkpoint import CheckpointStore, Loaded, OpenCheckpoint
 from hpclr.config import RunFile, differences, load_run_file, parse_run_file
 from hpclr.data import Order
 from hpclr.errors import RetryableError, UsageError
 from hpclr.output import say
 from hpclr.parallel.meeting.layout import ALONE, Layout
-from hpclr.parallel.watch.attempt import launch_directory
+from hpclr.parallel.watch.attempt import attempts, launch_directory
+from hpclr.track.sinks import require_packages, tracked
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.evaluation import malformed_named
 from hpclr.training.job import assembled
+from hpclr.training.lengths import check_steps
 from hpclr.training.lock import locked
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
 from hpclr.training.progress import Display, Nothing, display
 from hpclr.training.run_directory import RunDirectory, writing
+from hpclr.training.shards import damage, without_shares
 from hpclr.training.state import Position, from_tree, position_of, restore
 from hpclr.training.stopping import StopRequests, deadline_of
 
@@ -39,6 +45,7 @@ def train(
         UsageError: for anything wrong with the run file, the data or the directory; nothing has been written then.
         HpclrError: as `Trainer.train`; and if another process has failed.
     """
+    require_packages(run.track)
     directory = RunDirectory(runs / run.name)
     stop = _stop_requests(run, directory, layout)
     if fresh:
@@ -87,7 +94,7 @@ def _take(
 def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, stop: StopRequests) -> None:
     store, group = CheckpointStore(directory.checkpoints, keep=parts.run.checkpoint.keep), parts.job.group
     first = _FirstLook(parts, directory, store)
-    finished, step = group.on_first(first.look)
+    finished, step = _agreed(parts, store, first)
     if finished:
         return
     if continuing and step is None:
@@ -96,12 +103,40 @@ def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, st
         position = Position()
         if step is not None:
             parts.job.doing("loading a checkpoint", step)
-            position = group.together(lambda: _resume(parts, first.saved or store.load(step)))
+            position = _loaded(parts, store, first, step)
         group.on_first(lambda: _begin_records(parts, directory, position))
-        with _display(parts, position) as shown:
+        with _display(parts, directory, position) as shown, _tracked(parts, directory):
             if step is not None:
                 shown.note(f"continuing from step {position.step} ({store.path(step).name})")
             Trainer(parts, position, directory, store, shown, stop).train()
+
+
+def _agreed(parts: Assembly, store: CheckpointStore, first: "_FirstLook") -> tuple[bool, int | None]:
+    """As the first process has looked; where weights are shared out, all have looked at the parts of the checkpoint."""
+    group, bad = parts.job.group, set[int]()
+    while True:
+        finished, step = group.on_first(first.look)
+        if finished or step is None or parts.sharded is None:
+            return finished, step
+        found = group.together(partial(damage, store, step, group))
+        reason = next(filter(None, group.gather(found)), None)
+        if reason is None:
+            return finished, step
+        if step in bad:
+            raise RetryableError(f"{store.path(step)} is damaged and cannot be set aside: {reason}")
+        bad.add(step)
+        group.on_first(partial(store.set_aside, step, reason))
+
+
+def _loaded(parts: Assembly, store: CheckpointStore, first: "_FirstLook", step: int) -> Position:
+    """All processes take the checkpoint's state; what fails on one, before they need one another, fails on all."""
+    group, saved = parts.job.group, first.saved
+    first.saved = None  # its memory is wanted
+    if parts.sharded is None:
+        return group.together(lambda: _resume(parts, saved or store.load(step)))
+    with group.together(lambda: store.open(step)) as opened:
+        rest = group.together(lambda: saved or without_shares(opened))
+        return group.together(lambda: _resume(parts, rest, opened))
 
 
 class _FirstLook:
@@ -114,7 +149,7 @@ class _FirstLook:
     def look(self) -> tuple[bool, int | None]:
         """Whether the run is finished, and the step of the checkpoint to continue from."""
         self._store.sweep()
-        self.saved = self._store.load_newest()
+        self.saved = self._newest()
         if self.saved is None:
             finished = _is_finished_without_checkpoints(self._parts.run, self._directory)
             what = ", but its checkpoints are gone"
@@ -129,16 +164,47 @@ class _FirstLook:
             say(f"{self._directory.path}: this run is finished{what}; --fresh starts it over")
         return finished, None if self.saved is None else self.saved.step
 
+    def _newest(self) -> Loaded | None:
+        if self._parts.sharded is None:
+            return self._store.load_newest()
+        opened = self._store.open_newest()
+        if opened is None:
+            return None
+        with opened:
+            return without_shares(opened)
+
 
 def _begin_records(parts: Assembly, directory: RunDirectory, position: Position) -> None:
     directory.create(parts.run, parts.environment)
-    MetricsFile(directory.metrics).rewind(position.step)
+    metrics = MetricsFile(directory.metrics)
+    metrics.rewind(position.step)
+    metrics.append("attempt", position.step, **_facts(parts), attempt=max(attempts(directory.path)))
+    metrics.settle()
 
 
-def _display(parts: Assembly, position: Position) -> Display:
+def _facts(parts: Assembly) -> Mapping[str, Any]:
+    """What whoever reads the records of an attempt must know to say how far it is."""
+    return {
+        "world_size": parts.job.group.size,
+        "device": parts.environment["device"],
+        "steps": parts.total_steps,
+        "checks": check_steps(parts.run.method, parts.total_steps),
+        "save_every": parts.run.checkpoint.every,
+        "save_minutes": parts.run.checkpoint.minutes,
+    }
+
+
+def _display(parts: Assembly, directory: RunDirectory, position: Position) -> Display:
     if not parts.job.group.is_first:
         return Nothing()
-    return display(parts.run.name, parts.total_steps, position.step)
+    return display(parts.run.name, parts.total_steps, position.step, directory.metrics)
+
+
+def _tracked(parts: Assembly, directory: RunDirectory) -> AbstractContextManager[None]:
+    """The first process tells of the run elsewhere."""
+    if not parts.job.group.is_first:
+        return nullcontext()
+    return tracked(directory.path, directory.metrics, parts.run)
 
 
 def _is_finished(saved: Loaded, parts: Assembly) -> bool:
@@ -198,11 +264,11 @@ def _check_data(parts: Assembly, saved: Loaded, directory: RunDirectory) -> None
         )
 
 
-def _resume(parts: Assembly, saved: Loaded) -> Position:
+def _resume(parts: Assembly, saved: Loaded, opened: OpenCheckpoint | None = None) -> Position:
     warn_of_changed_threads(from_tree(saved.tree["environment"])["threads"], parts.job.threads)
     parts.loader.order = Order(**from_tree(saved.tree["sampler"])["order"])
     try:
-        return restore(parts, saved.tree)
+        return restore(parts, saved.tree, opened)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # code behind a `target:` may have changed
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpclr.checkpoint import BackgroundSaver, SaveReport, Tree
+from hpclr.checkpoint import BackgroundSaver, SaveReport, TreeLike
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config.schema import Checkpoint
 from hpclr.errors import HpclrError, RetryableError, message_of
@@ -18,7 +18,7 @@ from hpclr.parallel.group import Group
 from hpclr.training.metrics import read_metrics
 
 _LONGEST_SAVE = 3600.0  # seconds; a save that takes longer hangs, and the watch over the processes may say so
-_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds from a save that failed to the next try; each time twice as long
+FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds from a save that failed to the next try; each time twice as long
 LAST_PAUSES = (3.0, 15.0)  # seconds between tries of the save with which a run ends
 
 
@@ -50,11 +50,11 @@ class Saving:
         settings: Checkpoint,
         group: Group,
         *,
-        check: Callable[[Tree], None],
+        check: Callable[[TreeLike], None],
         note: Callable[[str], None],
         record: Callable[..., None],
         own: Callable[[], None],
-        doing: Callable[[str], None],
+        doing: Callable[..., None],
         longest: float = 0.0,
     ) -> None:
         self.longest = longest
@@ -65,7 +65,7 @@ class Saving:
         self._saver = BackgroundSaver(store, check=check)
         self._interval = math.inf if settings.minutes is None else 60.0 * settings.minutes
         self._next = time.monotonic() + self._interval
-        self._pause = _PAUSE
+        self._pause = FIRST_PAUSE
         self._fault: Exception | None = None
         self._due = self._troubled = False  # as all processes have heard
 
@@ -118,7 +118,7 @@ class Saving:
     def save(
         self,
         step: int,
-        tree: Tree,
+        tree: TreeLike,
         *,
         metric: float | None = None,
         best: bool = False,
@@ -140,15 +140,19 @@ class Saving:
         self._due = False
 
         def on_first() -> None:
-            self.wait()
-            self._look()
-            self._next = time.monotonic() + self._interval
+            self._begin()
             if pauses is None:
                 self._start(step, tree, metric, best, wait=not self._settings.background)
             else:
                 self._insist(step, tree, metric, best, pauses)
 
         self._group.on_first(on_first)
+
+    def _begin(self) -> None:
+        """Waits for the save before; from here on the clock counts anew."""
+        self.wait()
+        self._look()
+        self._next = time.monotonic() + self._interval
 
     def settle(self) -> None:
         """Tells all processes what is wrong with saving, if anything is.
@@ -163,7 +167,7 @@ class Saving:
 
     # On the first process
 
-    def _start(self, step: int, tree: Tree, metric: float | None, best: bool, *, wait: bool) -> None:
+    def _start(self, step: int, tree: TreeLike, metric: float | None, best: bool, *, wait: bool) -> None:
         try:
             self._saver.save(step, tree, metric=metric, best=best, copy=not wait)
         except Exception as error:  # whatever it is, all processes hear of it after this step
@@ -172,7 +176,7 @@ class Saving:
             self.wait()
             self._look()
 
-    def _insist(self, step: int, tree: Tree, metric: float | None, best: bool, pauses: Sequence[float]) -> None:
+    def _insist(self, step: int, tree: TreeLike, metric: float | None, best: bool, pauses: Sequence[float]) -> None:
         if isinstance(self._fault, RetryableError):
             self._fault = None  # of a save before, which this one makes good
         for pause in (*pauses, None):
@@ -207,8 +211,8 @@ class Saving:
         if report.error is not None:
             self._failed(report.error)
         else:
-            self._pause = _PAUSE
-            self._record("save", report.step, **_numbers(report))
+            self._pause = FIRST_PAUSE
+            self._record("save", report.step, **numbers(report))
 
     def _failed(self, error: Exception) -> None:
         self._fault = error
@@ -246,6 +250,6 @@ def usual_seconds(metrics: Path) -> float:
     return statistics.median(seconds) if seconds else 0.0
 
 
-def _numbers(report: SaveReport) -> dict[str, Any]:
+def numbers(report: SaveReport) -> dict[str, Any]:
     """Of a save that is done: seconds in which training stood still, seconds in all, bytes written."""
     return {"blocked": round(report.blocked, 4), "seconds": round(report.seconds, 4), "bytes": report.bytes}

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpclr.checkpoint import Json, Tree
+from hpclr.checkpoint import Json, OpenCheckpoint, Piece, Tree, TreeLike
 from hpclr.config import dump
 from hpclr.data import Order
+from hpclr.lowrank.adapters import adapted_weights
 from hpclr.lowrank.interchange import factored_weights, tied_names
 from hpclr.parallel.group import Group
 from hpclr.training.assembly import Assembly
 from hpclr.training.environment import random_states, seed_everything, seed_of, set_random_states
+from hpclr.training.lora import LoRA
 from hpclr.training.scores import METRICS, Score
+from hpclr.training.shards import restore_shares, sharded_state
 
 
 @dataclass
@@ -60,12 +63,13 @@ class Position:
 _COSTS = ("flops", "dense_flops", "reduced_bytes", "optimizer_bytes", "peak_memory")
 
 
-def capture(parts: Assembly, position: Position) -> Tree:
-    """The tree that a checkpoint holds (docs/checkpoint-format.md)."""
+def capture(parts: Assembly, position: Position) -> TreeLike:
+    """The tree that a checkpoint holds (docs/checkpoint-format.md); of what is shared out, this process's rows."""
+    model, moments = _weights_and_moments(parts)
     return {
-        "model": dict(parts.model.state_dict()),
-        **_interchange(parts.model),
-        "optimizer": _optimizer_state(parts.model, parts.optimizer),
+        "model": model,
+        **_interchange(parts),
+        "optimizer": {"state": moments, "groups": _groups(parts.model, parts.optimizer)},
         "method": _to_tree({"name": parts.run.method.name, "state": parts.method.state_dict()}),
         "sampler": Json({"step": position.step, "seed": parts.run.train.seed, "order": asdict(_order(parts))}),
         "random": _random_of_all(parts.job.group),
@@ -78,10 +82,23 @@ def capture(parts: Assembly, position: Position) -> Tree:
     }
 
 
-def _interchange(model: nn.Module) -> Tree:
+def _weights_and_moments(parts: Assembly) -> tuple[TreeLike, TreeLike]:
+    """By parameter name, so that a file can be read without knowing the optimiser's order of parameters."""
+    if parts.sharded is not None:
+        return sharded_state(parts.sharded, parts.optimizer)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parts.model.named_parameters()}
+    state = {names[p]: values for p, values in parts.optimizer.state.items() if p in names}
+    return dict(parts.model.state_dict()), _to_tree(state)
+
+
+def _interchange(parts: Assembly) -> Tree:
     """What it takes to make dense weights of the file alone."""
-    layers = {name: asdict(layer) for name, layer in factored_weights(model).items()}
-    return {"layers": Json(_plain(layers)), "tied": Json(tied_names(model))}
+    described = parts.method.adapted_weights() if isinstance(parts.method, LoRA) else adapted_weights(parts.model)
+    layers, adapters = (
+        {name: asdict(layer) for name, layer in found.items()} for found in (factored_weights(parts.model), described)
+    )
+    tree: Tree = {"layers": Json(_plain(layers)), "tied": Json(tied_names(parts.model))}
+    return tree | ({"adapters": Json(_plain(adapters))} if adapters else {})
 
 
 def _random_of_all(group: Group) -> Tree:
@@ -132,22 +149,32 @@ def _data_facts(parts: Assembly) -> dict[str, Any]:
     }
 
 
-def not_finite(tree: Tree, prefix: str = "") -> str | None:
+def not_finite(tree: TreeLike, prefix: str = "") -> str | None:
     """The path of the first tensor in a tree that holds a NaN or an infinity; None if there is none."""
     for key, item in tree.items():
+        held = item.tensor if isinstance(item, Piece) else item
         if isinstance(item, Mapping):
             if found := not_finite(item, f"{prefix}{key}/"):
                 return found
-        elif isinstance(item, Tensor) and not torch.isfinite(item).all():
+        elif isinstance(held, Tensor) and not torch.isfinite(held).all():
             return f"{prefix}{key}"
     return None
 
 
-def restore(parts: Assembly, tree: Tree) -> Position:
-    """Takes a checkpoint's tree back into freshly assembled parts: first the shapes, then the contents."""
+def restore(parts: Assembly, tree: Tree, opened: OpenCheckpoint | None = None) -> Position:
+    """Takes a checkpoint's tree back into freshly assembled parts: first the shapes, then the contents.
+
+    Args:
+        parts: as `assemble` made them.
+        tree: what the checkpoint holds, or what `without_shares` gives of it.
+        opened: where weights and moments are that are shared out, of which each process reads its rows.
+    """
     parts.method.load_state_dict(_copied(from_tree(tree["method"])["state"]))
-    parts.model.load_state_dict(tensors(tree["model"]))
-    _restore_optimizer(parts.model, parts.optimizer, from_tree(tree["optimizer"]))
+    if parts.sharded is not None and opened is not None:
+        restore_shares(parts.sharded, parts.optimizer, opened)
+    else:
+        parts.model.load_state_dict(tensors(tree["model"]))
+        _restore_optimizer(parts.model, parts.optimizer, from_tree(tree["optimizer"]))
     if parts.ema is not None:
         parts.ema.load_state_dict(from_tree(tree["ema"]))
     parts.precision.load_state_dict(from_tree(tree["scaler"]))
@@ -163,7 +190,7 @@ def _copied(state: Any) -> Any:
     return state.clone() if isinstance(state, Tensor) else state
 
 
-def position_of(tree: Tree) -> Position:
+def position_of(tree: TreeLike) -> Position:
     """Where the run was that a tree comes from.
 
     The first checkpoints kept the best score in keys of their own, and did not know what training had cost.
@@ -174,16 +201,14 @@ def position_of(tree: Tree) -> Position:
     return Position(**{"best_scores": scores, **dict.fromkeys(_COSTS), **found})
 
 
-def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> Tree:
-    """State by parameter name, so that a file can be read without knowing the optimiser's order of parameters."""
+def _groups(model: nn.Module, optimizer: Optimizer) -> Json:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    state = {names[p]: values for p, values in optimizer.state.items() if p in names}
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [names[p] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
-    return {"state": _to_tree(state), "groups": Json(_plain(groups))}
+    return Json(_plain(groups))
 
 
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -9,29 +9,34 @@ from torch import Tensor
 
 from hpclr.checkpoint import Json, Tree
 from hpclr.errors import UsageError
+from hpclr.lowrank.adapters import AdaptedWeight, adapter_names, check_adapters, is_of_adapter, merged_state_dict
 from hpclr.lowrank.interchange import FactoredWeight, check_factors, looks_factored
 
 Layers = dict[str, FactoredWeight]
+Adapters = dict[str, AdaptedWeight]
 
 
 class StoredWeights(NamedTuple):
-    """A state dict, which of its entries are factors of what, and whether they are averages."""
+    """A state dict, which of its entries are factors or adapters of what, and whether they are averages."""
 
     state: dict[str, Tensor]
     layers: Layers
+    adapters: Adapters
     averaged: bool
 
 
-def stored_weights(tree: Tree, path: Path, *, average: bool = True) -> StoredWeights:
+def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool = True) -> StoredWeights:
     """The weights in a checkpoint's tree.
 
     Args:
         tree: the content of the file.
         path: the file, for messages.
         average: take the averaged weights where the run keeps them: those that it is judged by.
+        merge: merge adapters into their weights, rather than to leave them beside these.
 
     Raises:
-        UsageError: if the file has no model or describes it wrongly, or says nothing of the factors that it holds.
+        UsageError: if the file has no model or describes it wrongly, says nothing of the factors that it holds, or
+            holds adapters that cannot be merged.
     """
     model = tree.get("model")
     if not isinstance(model, Mapping):
@@ -49,7 +54,30 @@ def stored_weights(tree: Tree, path: Path, *, average: bool = True) -> StoredWei
                 "damaged or was not written by hpclr: use another checkpoint."
             )
         state[name] = value.to(state[name].dtype)
-    return StoredWeights(state, layers, bool(averages))
+    adapters = _adapters(tree, state, path)
+    if adapters and merge:
+        return StoredWeights(_merged(state, adapters, path), layers, {}, bool(averages))
+    return StoredWeights(state, layers, adapters, bool(averages))
+
+
+def _adapters(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Adapters:
+    try:
+        adapters: Adapters = msgspec.convert(_json(tree, "adapters") or {}, Adapters)
+        check_adapters(state, adapters)
+        if spare := set(filter(is_of_adapter, state)) - set(adapter_names(adapters)):
+            raise ValueError(f"expected a description of every adapter, found none of {', '.join(sorted(spare)[:3])}")
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: adapters: {error}. The file is damaged or was not written by hpclr: use another."
+        ) from error
+    return adapters
+
+
+def _merged(state: Mapping[str, Tensor], adapters: Adapters, path: Path) -> dict[str, Tensor]:
+    try:
+        return merged_state_dict(state, adapters)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}. `hpclr export --adapter` writes adapters by themselves.") from error
 
 
 def parse_layers(value: Any, state: Mapping[str, Tensor], where: str) -> Layers:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hpclr.lowrank import Summary, summarize
+from hpclr.lowrank.adapters import adapter_state_dict
 from hpclr.training.assembly import Assembly
 from hpclr.training.scores import Score
 from hpclr.training.state import Position
@@ -33,17 +34,27 @@ def summary_of(parts: Assembly, position: Position, test: Score, cost: Mapping[s
         "seconds": round(position.seconds, 2),
         "test": {**test.values, "samples": test.samples},
         "best_validation": {**position.best_scores, "step": position.best_step},
+        "adapter_bytes": _adapter_bytes(parts),
         "sizes": sizes.as_dict() | {"flops_samples": len(example)},
         "cost": dict(cost),
         "layers": [asdict(layer) for layer in sizes.layers],
     }
 
 
+def _adapter_bytes(parts: Assembly) -> int | None:
+    """What `hpclr export --adapter` would write; None where there are no adapters."""
+    if not parts.method.adapts:
+        return None
+    trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
+    return sum(tensor.nbytes for tensor in (trained | adapter_state_dict(parts.model)).values())
+
+
 def _sizes(parts: Assembly, example: Tensor, *, warned: bool) -> Summary:
     """Operations are counted on a copy without data; a model that looks at its data cannot be counted so."""
+    form = parts.method.dense_form
     try:
-        return summarize(parts.model, parts.optimizer, example)
+        return summarize(parts.model, parts.optimizer, example, twin=parts.countable, dense_form=form)
     except Exception as error:
         if not warned:
             warnings.warn(f"the operations of this model could not be counted: {error}", stacklevel=2)
-        return summarize(parts.model, parts.optimizer)
+        return summarize(parts.model, parts.optimizer, dense_form=form)

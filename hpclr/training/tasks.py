@@ -73,6 +73,8 @@ class Task(ABC):
         precision: Precision,
         group: Group | None = None,
         progress: Callable[[], None] = lambda: None,
+        *,
+        in_step: bool = False,
     ) -> Score:
         """Evaluates a whole split in evaluation mode; the model's mode comes back at the end.
 
@@ -82,15 +84,19 @@ class Task(ABC):
             precision: the arithmetic.
             group: processes that share out the batches in turns; None: this one takes all.
             progress: called after each batch.
+            in_step: whether all processes must call the model equally often; those without a batch left do so in vain.
         """
         group = group or Group()
         was_training = model.training
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=precision.device)  # both errors, predictions, samples
-        for index in range(group.rank, len(loader), group.size):
-            batch = loader.batch(0, index).to(precision.device)
+        last, in_vain = len(loader) - 1, -len(loader) % group.size if in_step else 0
+        for index in range(group.rank, len(loader) + in_vain, group.size):
+            batch = loader.batch(0, min(index, last)).to(precision.device)
             with precision.context():
                 outputs = model(batch.x)
+            if index > last:
+                break
             first, second = self.errors(outputs, batch)
             sums[0] += first.sum(dtype=torch.float64)
             sums[1] += second.sum(dtype=torch.float64)

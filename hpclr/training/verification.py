@@ -16,6 +16,7 @@ from hpclr.checkpoint.sandbox import Item, Survey, examine
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
+from hpclr.lowrank.adapters import AdaptedWeight, check_adapters, rank_stored
 from hpclr.lowrank.interchange import fits
 from hpclr.training.run_directory import reading
 
@@ -202,6 +203,11 @@ class _Facts:
         listed = self.value(dict[str, _Layer], "layers")
         return self._layers_by_names() if listed is None else listed
 
+    @cached_property
+    def adapters(self) -> dict[str, AdaptedWeight]:
+        """The layers with adapters by name."""
+        return self.value(dict[str, AdaptedWeight], "adapters") or {}
+
     def _layers_by_names(self) -> dict[str, _Layer]:
         named = [match for name in self.model if (match := re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name))]
         whole = {match[1]: match[0] for match in named if {match[1] + "u", match[1] + "vh"} <= self.model.keys()}
@@ -231,7 +237,7 @@ def _judge(path: Path, survey: Survey) -> tuple[list[str], list[str]]:
     if "model" not in facts.parts:
         return [], ["not written by `hpclr train`, it has no model: judged by its structure alone"]
     faults: list[str] = []
-    for check in (_missing, _steps, _factors, _ranks, _optimizer, _averages, _not_finite, _run_file):
+    for check in (_missing, _steps, _factors, _adapters, _ranks, _optimizer, _averages, _not_finite, _run_file):
         try:
             faults += check(facts)
         except UsageError as error:
@@ -278,13 +284,27 @@ def _fit(shapes: list[Shape | None], layer: _Layer) -> bool:
     return layer.shape is None or fits(layer.shape, (m, n), transposed=layer.transposed, spatial=layer.spatial)
 
 
+def _adapters(facts: _Facts) -> Iterator[str]:
+    if facts.adapters:
+        import torch
+
+        try:
+            check_adapters(
+                {name: torch.empty(shape, device="meta") for name, shape in facts.model.items()}, facts.adapters
+            )
+        except ValueError as error:
+            yield str(error)
+
+
 def _ranks(facts: _Facts) -> Iterator[str]:
     """The method must remember exactly the layers that are there, each with its rank."""
     if facts.ranks is None:
         return
     tied = facts.value(dict[str, str], "tied") or {}
     sigmas = {name: layer.factors[1] for name, layer in facts.layers.items() if layer.factors[1] not in tied}
+    found: dict[str, tuple[int | None, ...]]
     found = {name: facts.model.get(sigma, ())[:1] for name, sigma in sigmas.items()}
+    found |= {name: (rank_stored(entry, facts.model),) for name, entry in facts.adapters.items()}
     unnamed = facts.ranks.keys() - found.keys()
     if "" in found and len(unnamed) == 1:  # the model is itself a layer, and goes by the name of its class
         found[unnamed.pop()] = found.pop("")
@@ -334,6 +354,7 @@ def _differs(what: str, name: str, found: Shape, facts: _Facts) -> Iterator[str]
 def _not_finite(facts: _Facts) -> Iterator[str]:
     """Weights, moments and averages are numbers; a buffer may be a mask of -inf."""
     weights = {*facts.trained, *(key for layer in facts.layers.values() for key in layer.factors)}
+    weights |= {key for entry in facts.adapters.values() for key in (entry.weight, *entry.parts.values())}
     bad = [
         "/".join(path)
         for path, item in facts.tensors.items()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from hpclr.checkpoint import load_file
 from hpclr.checkpoint.digest import sidecar_of
 from hpclr.errors import UsageError
 from hpclr.lowrank.interchange import dense_state_dict
-from hpclr.training.stored_weights import parse_layers, stored_weights
+from hpclr.training.stored_weights import Layers, parse_layers, stored_weights
 
 _HDF5, _ZIP, _PICKLE = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"\x80"
 _WRAPPERS = ("state_dict", "model")
@@ -53,8 +53,28 @@ def load_initial_weights(model: nn.Module, file: str, keep: Sequence[str] = ()) 
     model.load_state_dict(found, strict=False)  # names and shapes are known to be right
 
 
+class Stored(NamedTuple):
+    """A state dict, and which of its entries are factors of what."""
+
+    state: dict[str, Tensor]
+    layers: Layers
+
+
 def read_weights(path: Path, where: str) -> dict[str, Tensor]:
     """The dense state dict in a file of any of the three formats; factored weights are multiplied out.
+
+    Raises:
+        UsageError: if it is none of them, damaged, or holds anything but tensors.
+    """
+    stored = read_stored(path, where)
+    try:
+        return dense_state_dict(stored.state, stored.layers)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def read_stored(path: Path, where: str) -> Stored:
+    """The state dict in a file of any of the three formats as it is; its tensors are read when they are looked at.
 
     Raises:
         UsageError: if it is none of them, damaged, or holds anything but tensors.
@@ -65,11 +85,11 @@ def read_weights(path: Path, where: str) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(9)
         if start.startswith(_HDF5):
-            return _read_hdf5(path, where)
+            return _read_hdf5(path)
         if start[8:] == b"{":  # after the length of the header, whose bytes may be any
             return _read_safetensors(path, where)
         if start.startswith((_ZIP, _PICKLE)):
-            return _read_torch(path, where)
+            return _read_torch(path, where, mapped=start.startswith(_ZIP))
     except OSError as error:
         raise UsageError(f"{where}: it cannot be read: {error.strerror or error}") from error
     raise UsageError(
@@ -78,13 +98,13 @@ def read_weights(path: Path, where: str) -> dict[str, Tensor]:
     )
 
 
-def _read_hdf5(path: Path, where: str) -> dict[str, Tensor]:
+def _read_hdf5(path: Path) -> Stored:
     tree = load_file(path, verify=sidecar_of(path).exists()).tree
-    state, layers, _ = stored_weights(tree, path)
-    return _dense(state, layers, where)
+    stored = stored_weights(tree, path)
+    return Stored(stored.state, stored.layers)
 
 
-def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, where: str) -> Stored:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -95,12 +115,12 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
         layers = json.loads(described)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: its metadata 'layers' is not JSON: {error}") from error
-    return _dense(state, parse_layers(layers, state, where), where)
+    return Stored(state, parse_layers(layers, state, where))
 
 
-def _read_torch(path: Path, where: str) -> dict[str, Tensor]:
+def _read_torch(path: Path, where: str, *, mapped: bool) -> Stored:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UsageError(f"{where}: {_why_not_loaded(error)}") from error
     except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -110,7 +130,7 @@ def _read_torch(path: Path, where: str) -> dict[str, Tensor]:
         described = content.get("layers", {})
         content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
     state = _only_tensors(content, where)
-    return _dense(state, parse_layers(described, state, where), where)
+    return Stored(state, parse_layers(described, state, where))
 
 
 def _why_not_loaded(error: Exception) -> str:
@@ -137,13 +157,6 @@ def _only_tensors(content: Any, where: str) -> dict[str, Tensor]:
                 f"{', '.join(map(repr, _WRAPPERS))}; found {name!r}: {type(value).__name__}"
             )
     return dict(content)
-
-
-def _dense(state: dict[str, Tensor], layers: Any, where: str) -> dict[str, Tensor]:
-    try:
-        return dense_state_dict(state, layers)
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from error
 
 
 def _check_names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

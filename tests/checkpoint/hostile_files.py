@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from json import dumps as json_text
 from pathlib import Path
 
 import h5py
@@ -55,7 +56,7 @@ def spoilt(reason, version=2, **file_options):
     def register(spoil):
         def write(path):
             with new_file(path, version, **file_options) as file:
-                (tensor if version == 2 else chunked)(file, "good")
+                (chunked if version == 1 else tensor)(file, "good")
                 spoil(file)
 
         HOSTILE[spoil.__name__] = write, reason
@@ -251,6 +252,166 @@ def scalar_dataspace(file):
     tensor(file, "w", np.float32(1))
 
 
+# Indexes of sharded tensors
+
+
+def sharded(file, name, *rows, shape=(4, 2), parts=((1, 100), (2, 100))):
+    """A tensor of float32 whose rows are in parts: of each piece part, first row, rows and byte; and the parts."""
+    if "%parts" not in file:
+        listed = [{"sha256": f"{number}" * 64, "bytes": size} for number, size in parts]
+        json(file, "%parts", json_text(listed).encode())
+    table = np.array([[*row, 0] for row in rows], np.int64)
+    made = tensor(file, name, table)
+    made.attrs.update(kind=np.bytes_("sharded"), dtype=np.bytes_("float32"), shape=np.array(shape))
+    return made
+
+
+@spoilt("kind to be 'tensor' or 'json', found 'sharded'")
+def sharded_in_version_2(file):
+    sharded(file, "w", (0, 0, 4, 0))
+    del file["%parts"]
+
+
+@spoilt("a list of parts '%parts' in the file, found none", version=3)
+def no_parts(file):
+    pass
+
+
+@spoilt("a list of parts '%parts' in the file, found none", version=3)
+def parts_by_link(file):
+    file["%parts"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+@spoilt("a list of at most 65536 parts in JSON, found group", version=3)
+def parts_in_a_group(file):
+    file.create_group("%parts")
+
+
+@spoilt("without filters, found virtual storage", version=3)
+def virtual_parts(file):
+    layout = h5py.VirtualLayout(shape=(4,), dtype="u1")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "w", shape=(4,))
+    describe(file.create_virtual_dataset("%parts", layout), kind="json")
+
+
+@spoilt("a list of at most 65536 parts in JSON, found json of 9000000 bytes", version=3)
+def endless_list_of_parts(file):
+    json(file, "%parts", b" " * 9_000_000)
+
+
+@spoilt("found 0 parts", version=3)
+def empty_list_of_parts(file):
+    json(file, "%parts", b"[]")
+
+
+@spoilt("the digests and sizes of parts, found .*bytes", version=3)
+def part_without_size(file):
+    json(file, "%parts", json_text([{"sha256": "1" * 64}]).encode())
+
+
+@spoilt("the digests and sizes of parts, found .*`int` <= ", version=3)
+def part_of_any_size(file):
+    json(file, "%parts", json_text([{"sha256": "1" * 64, "bytes": 1 << 60}]).encode())
+
+
+@spoilt("the digests and sizes of parts, found .*matching regex", version=3)
+def part_elsewhere_by_its_digest(file):
+    json(file, "%parts", json_text([{"sha256": "../" * 20 + "etc/", "bytes": 9}]).encode())
+
+
+@spoilt("the digests and sizes of parts, found .*unknown field `name`", version=3)
+def part_elsewhere_by_a_name(file):
+    json(file, "%parts", json_text([{"sha256": "1" * 64, "bytes": 9, "name": "/etc/passwd"}]).encode())
+
+
+@spoilt("a table of 5 columns, found the shape", version=3)
+def table_of_other_columns(file):
+    made = sharded(file, "w", (0, 0, 4, 0, 0))
+    assert made.shape == (1, 6)
+
+
+@spoilt("the shape of a tensor that has rows", version=3)
+def sharded_scalar(file):
+    sharded(file, "w", (0, 0, 1, 0), shape=())
+
+
+@spoilt("the shape of a tensor that has rows", version=3)
+def sharded_with_negative_shape(file):
+    sharded(file, "w", (0, 0, 4, 0), shape=(4, -2))
+
+
+@spoilt("a tensor no larger than the 200 bytes of all parts", version=3)
+def sharded_beyond_all_parts(file):
+    sharded(file, "w", (0, 0, 1 << 50, 0), shape=(1 << 50,))
+
+
+@spoilt("parts of numbers below 2, found 0 to 2", version=3)
+def part_that_is_not_listed(file):
+    sharded(file, "w", (0, 0, 2, 0), (2, 2, 2, 0))
+
+
+@spoilt("parts of numbers below 2, found -1 to -1", version=3)
+def part_of_negative_number(file):
+    sharded(file, "w", (-1, 0, 4, 0))
+
+
+@spoilt("rows among the 4 of the tensor", version=3)
+def negative_row(file):
+    sharded(file, "w", (0, -2, 2, 0), (1, 0, 4, 0))
+
+
+@spoilt("rows among the 4 of the tensor", version=3)
+def rows_beyond_the_tensor(file):
+    sharded(file, "w", (0, 0, (1 << 63) - 1, 0))
+
+
+@spoilt("rows among the 4 of the tensor", version=3)
+def piece_without_rows(file):
+    sharded(file, "w", (0, 0, 4, 0), (1, 4, 0, 0))
+
+
+@spoilt("the rows 0 to 4, each once and in order, found gaps", version=3)
+def rows_that_overlap(file):
+    sharded(file, "w", (0, 0, 3, 0), (1, 2, 2, 0))
+
+
+@spoilt("the rows 0 to 4, each once and in order, found gaps", version=3)
+def rows_with_a_gap(file):
+    sharded(file, "w", (0, 0, 1, 0), (1, 2, 2, 0))
+
+
+@spoilt("the rows 0 to 4, each once and in order, found gaps", version=3)
+def last_row_missing(file):
+    sharded(file, "w", (0, 0, 3, 0))
+
+
+@spoilt("rows that lie in their part", version=3)
+def rows_beyond_their_part(file):
+    sharded(file, "w", (0, 0, 2, 0), (1, 2, 2, 99))
+
+
+@spoilt("rows that lie in their part", version=3)
+def rows_before_their_part(file):
+    sharded(file, "w", (0, 0, 4, -1))
+
+
+@spoilt("no more data than its part has bytes, found 28 too many", version=3)
+def many_tensors_in_one_place(file):
+    for number in range(4):
+        sharded(file, f"w{number}", (0, 0, 4, 0))
+
+
+@spoilt("/w: expected data with the checksum crc32", version=3)
+def table_that_was_changed(file):
+    sharded(file, "w", (0, 0, 4, 0)).attrs["crc32"] = np.uint32(1)
+
+
+@raw("expected a checkpoint, found a part of one")
+def part_of_a_checkpoint(path):
+    with new_file(path) as file:
+        file.attrs["format"] = np.bytes_("hpclr-checkpoint-part")
+
+
 # Attributes
 
 
@@ -300,9 +461,9 @@ def no_checksum(file):
     del tensor(file, "w").attrs["crc32"]
 
 
-@spoilt("version 1 to 2, found version 3")
+@spoilt("version 1 to 3, found version 4")
 def newer_version(file):
-    file.attrs["version"] = np.int64(3)
+    file.attrs["version"] = np.int64(4)
 
 
 # Content

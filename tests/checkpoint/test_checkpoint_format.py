@@ -523,8 +523,8 @@ def test_root_attributes_are_checked(tmp_path, attribute, value, message):
 def test_a_newer_version_is_named(tmp_path):
     path = written(tmp_path / "f.h5", {})
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        file.attrs["version"] = np.int64(3)
-    with pytest.raises(NewerVersionError, match="version 1 to 2, found version 3"):
+        file.attrs["version"] = np.int64(4)
+    with pytest.raises(NewerVersionError, match="version 1 to 3, found version 4"):
         read_tree(path)
 
 

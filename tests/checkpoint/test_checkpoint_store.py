@@ -230,7 +230,7 @@ def test_a_wrong_layout_with_the_right_digest_is_set_aside(store):
 def test_a_newer_version_is_refused_but_not_set_aside(store):
     saved(store, 1, 2)
     with h5py.File(store.path(2), "r+", libver=("v110", "v110")) as file:
-        file.attrs["version"] = np.int64(3)
+        file.attrs["version"] = np.int64(4)
     write_sidecar(store.path(2), sha256_of(store.path(2)))
     with pytest.raises(NewerVersionError):
         store.load_newest()

@@ -195,7 +195,7 @@ def alive(pid):
 
 def within_limits(path, report):
     """What a process can still do that has limited itself."""
-    examination._limit_resources(100_000_000)
+    examination._limit_resources(100_000_000, 0)
     cpu, core = resource.getrlimit(resource.RLIMIT_CPU), resource.getrlimit(resource.RLIMIT_CORE)
     found = [core == (0, 0), 6 <= cpu[0] <= 12 + time.process_time()]
     for attempt in (lambda: bytes(200 << 20), lambda: [os.dup(1) for _ in range(20)]):

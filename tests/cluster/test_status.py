@@ -137,6 +137,15 @@ def test_only_the_end_of_long_metrics_is_read(trained, tmp_path, monkeypatch):
     assert found.loss == whole.loss
 
 
+def test_a_line_nested_without_end_does_no_harm(trained, tmp_path):
+    run = unfinished(trained, tmp_path / "run")
+    whole = progress_of(run)
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind":"check","step":15,"ranks":' + 50_000 * '{"a":' + "1" + 50_001 * "}" + "\n")
+    found = progress_of(run)
+    assert (found.step, found.loss, found.rank_share) == (whole.step, whole.loss, whole.rank_share)
+
+
 def test_layers_that_are_still_dense_have_no_rank(trained, tmp_path):
     run = unfinished(trained, tmp_path / "run")
     first = [record for record in records(run) if record["step"] <= 5]

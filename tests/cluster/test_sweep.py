@@ -93,7 +93,7 @@ def test_runs_are_trained_here_and_only_once(sweeps):
     changed = parts | {"grid": {"train.seed": [1, 2]}, "list": []}
     done = sweeps.sweep("--local", 1, **changed)
     assert done.code == 0, done.err
-    assert "no longer of this sweep, and left as they are: sweep-seed-0" in done.err
+    assert "not asked for now, and left as they are: sweep-seed-0" in done.err
     assert "3 runs" not in done.err
     assert sweeps.finished() == {"sweep-seed-0", "sweep-seed-1", "sweep-seed-2"}
     after = {name: (sweeps.runs / name / "summary.json").stat().st_mtime_ns for name in before}

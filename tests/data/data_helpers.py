@@ -26,6 +26,30 @@ def write_by_hand(path, sizes=None, shape=(3, 6, 6), dtype="uint8"):
     return path
 
 
+def write_checked(path, x, chunk):
+    """The same samples for train and test, in chunks with checksums, as a program that has checked them writes them."""
+    with h5py.File(path, "w", libver="v110") as file:
+        file.attrs.update(format="hpclr-data", version=1, task="classification", checked=True, digest="0" * 64)
+        for split in ("train", "test"):
+            file.create_dataset(f"{split}/x", data=x, chunks=(chunk, *x.shape[1:]), fletcher32=True)
+            file.create_dataset(f"{split}/y", data=np.zeros(len(x), np.int64), chunks=True, fletcher32=True)
+        file["mean"], file["std"] = np.zeros(x.shape[1]), np.ones(x.shape[1])
+        file["classes"] = np.frombuffer(b'["one"]', dtype=np.uint8)
+    return path
+
+
+def damage(path, row):
+    """Changes a byte of a training sample behind the back of whoever has the file open."""
+    with h5py.File(path) as file:
+        chunk, offset = divmod(row, file["train/x"].chunks[0])
+        begin = file["train/x"].id.get_chunk_info(chunk).byte_offset + offset * file["train/x"][0].nbytes
+    with path.open("r+b") as file:
+        file.seek(begin)
+        (byte,) = file.read(1)
+        file.seek(begin)
+        file.write(bytes([byte ^ 1]))
+
+
 def write_series(path, sizes, columns=2, seed=0):
     """A time series whose splits follow one another; returns what it holds, split → (T, columns)."""
     values = np.random.default_rng(seed).normal(40, 3, (sum(sizes.values()), columns)).astype(np.float32)

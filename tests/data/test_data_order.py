@@ -127,6 +127,17 @@ def test_windows_are_made_of_whole_chunks(order, sizes):
         position += count
 
 
+@pytest.mark.parametrize("order", [Order(), Order("chunks", 10, 8)])
+@pytest.mark.parametrize(("first", "last"), [(4090, 4100), (4096, 8192), (0, 9000), (8999, 9000)])
+def test_large_batches_and_those_far_on_have_the_samples_of_their_positions(order, first, last):
+    sizes, positions = [5000, 0, 4000], np.arange(first, last)
+    batch, samples = order.batch(1, 2, positions, sizes), order.samples(1, 2, positions, sizes)
+    assert np.array_equal(np.sort(batch), np.sort(samples))
+    assert order.kind == "chunks" or np.array_equal(batch, samples)
+    batch[:] = 0  # what one batch does to its own is not seen by the next
+    assert np.array_equal(np.sort(order.batch(1, 2, positions, sizes)), np.sort(samples))
+
+
 def test_a_batch_is_sorted_by_place_in_its_windows():
     order, sizes = Order("chunks", 10, 8), [1000]
     for first in (0, 40, 64):  # the last two lie in two windows

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import write_by_hand
+from data_helpers import damage, pictures, write_by_hand, write_checked
 
 from hpclr.data import Augment, BatchStream, Loader, Order, open_dataset
 from hpclr.data.workers import _sharing
@@ -43,19 +45,84 @@ def workers():
     return [child for child in multiprocessing.active_children() if child.name.startswith("worker")]
 
 
+def helpers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hpclr-batches")]
+
+
 @pytest.fixture(autouse=True)
 def none_left_behind():
     yield
-    assert not workers()
+    assert not workers() + helpers()
 
 
-def test_without_workers_batches_are_made_on_demand(dataset):
-    batches = loader(dataset, **OPTIONS)
-    with BatchStream(batches, 5, 9) as stream:
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("prefetch", [1, 2, 10])
+def test_without_workers_batches_are_the_same(dataset, in_memory, prefetch):
+    batches = loader(dataset, in_memory=in_memory, **OPTIONS)
+    with BatchStream(batches, 5, 9, prefetch=prefetch) as stream:
         made = list(stream)
     assert len(batches) == 7
     assert all(same(b, batches.batch(*divmod(step, 7))) for step, b in zip(range(5, 9), made, strict=True))
     assert list(BatchStream(batches, 4, 4, workers=2)) == []
+
+
+class Watched(Loader):
+    """Writes down where and when its batches are made."""
+
+    def batch(self, epoch, index, piece=(0, 1)):
+        made = super().batch(epoch, index, piece)
+        self.made = [*getattr(self, "made", []), (threading.current_thread() is threading.main_thread(), index)]
+        return made
+
+
+def test_the_thread_is_ahead_by_as_many_batches_as_asked_for(dataset):
+    batches = Watched(dataset, "train", 16, 3, shuffle=True, in_memory=False)
+    with BatchStream(batches, 0, 7, prefetch=3) as stream:
+        for taken in (1, 2):
+            next(stream)
+            deadline = time.monotonic() + 10
+            while len(batches.made) < taken + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)  # for one too many
+            assert batches.made == [(False, index) for index in range(taken + 3)]
+
+
+def test_batches_of_a_split_in_memory_are_made_on_demand(dataset):
+    batches = Watched(dataset, "train", 16, 3, shuffle=True, in_memory=True)
+    with BatchStream(batches, 0, 7) as stream:
+        next(stream)
+        next(stream)
+    assert batches.made == [(True, 0), (True, 1)]
+
+
+def test_damage_is_told_where_the_batch_is_taken(tmp_path):
+    path = write_checked(tmp_path / "d.h5", pictures(64)[0], chunk=8)
+    options = {"batch_size": 8, "seed": 0, "shuffle": Order("chunks", 8, 2)}
+    with open_dataset(path) as dataset:  # closed before there is damage: HDF5 would remember what it has read
+        expected = Loader(dataset, "train", in_memory=True, **options)
+    bad = int(expected.batch(0, 5).indices[0]) // 8
+    good = list(takewhile(lambda index: bad not in expected.batch(0, index).indices // 8, range(8)))
+    damage(path, bad * 8)
+    with (
+        open_dataset(path) as dataset,
+        BatchStream(Loader(dataset, "train", in_memory=False, **options), 0, 8) as stream,
+    ):
+        for index in good:
+            assert same(next(stream), expected.batch(0, index))
+        for _ in range(2):
+            with pytest.raises(UsageError, match="damaged"):
+                next(stream)
+            assert not helpers()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory is CUDA's")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same_on_the_device(dataset, workers):
+    expected = loader(dataset, **OPTIONS)
+    with BatchStream(loader(dataset, **OPTIONS), 0, 9, workers=workers, pinned=True) as stream:
+        for step, batch in enumerate(stream):
+            assert batch.x.is_pinned()
+            assert same(batch.to("cuda").to("cpu"), expected.batch(*divmod(step, 7)))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_a_process_alone_is_a_group():
     assert (group.rank, group.size, group.is_first) == (0, 1, True)
     assert group.sum(tensor) is tensor
     assert group.gather("x") == ["x"]
-    assert group.exchange(1, [tensor]) == [(1, [tensor])]
+    assert list(group.exchange(1, [tensor])) == [(1, [tensor])]
     assert group.on_first(lambda: 3) == group.together(lambda: 3) == 3
     for kind in (UsageError, RetryableError):
         with pytest.raises(kind):

@@ -68,7 +68,7 @@ def test_a_run_whose_form_changes(bench):
 
 
 def test_a_low_rank_step_costs_what_its_products_take(bench):
-    """One layer of rank k in the way through the factors, after a conversion that the rule cuts at once."""
+    """One layer of rank k in the way through the factors, too small for folding; after a conversion cut at once."""
     method = OIALR | {"delay": 1, "every": 1, "cutoff": 0.9, "layer_fraction": 1.0, "max_cut": 1.0, "keep_last": False}
     run = bench.train(model={"name": "mlp", "hidden": []}, method=method, train={"steps": 3, "micro_batch": 50})
     first, second = (record["ranks"]["head"] for record in records(run, "check")[:2])
@@ -77,8 +77,7 @@ def test_a_low_rank_step_costs_what_its_products_take(bench):
 
     def step(k: int) -> int:
         return sum(
-            2 * rows * k * 64 + 2 * rows * 10 * k + 2 * k * k * min(rows, 10) + 2 * rows * k * (10 + k)
-            for rows in (50, 14)
+            2 * rows * k * 64 + 2 * rows * 10 * k + 2 * k * k * rows + 2 * rows * k * (10 + k) for rows in (50, 14)
         )
 
     assert flops[2] - flops[1] == step(second)

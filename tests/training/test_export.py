@@ -24,11 +24,12 @@ from hpclr.lowrank.interchange import dense_state_dict
 from hpclr.models import Samples
 from hpclr.training import export
 from hpclr.training.evaluation import _load_weights, load_run
-from hpclr.training.export import _Weights, _write_safetensors, _write_torch, _written_whole, export_checkpoint
+from hpclr.training.export import _Weights, _write_safetensors, _write_torch, export_checkpoint
 from hpclr.training.factored import load_factored
 from hpclr.training.model import build_model
 from hpclr.training.onnx_export import _quiet
 from hpclr.training.stored_weights import stored_weights
+from hpclr.training.written_files import written_whole
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 from documents import ROOT, blocks, commands, split
@@ -119,8 +120,8 @@ def test_the_original_class_computes_the_same(name, trained, tmp_path):
 def dense_names(run):
     """In the order of the checkpoint: a safetensors file has its own."""
     tree = load_run(run)[0].tree
-    state, layers, _ = stored_weights(tree, run)
-    return list(dense_state_dict(state, layers))
+    stored = stored_weights(tree, run)
+    return list(dense_state_dict(stored.state, stored.layers))
 
 
 def test_everything_was_factored(trained):
@@ -350,7 +351,7 @@ def test_a_full_disk_is_worth_another_try(suffix, trained, tmp_path):
     ids=str,
 )
 def test_what_is_worth_another_try(error, code, tmp_path):
-    with pytest.raises(HpclrError, match=r"a\.pt: it cannot be written: ") as raised, _written_whole(tmp_path / "a.pt"):
+    with pytest.raises(HpclrError, match=r"a\.pt: it cannot be written: ") as raised, written_whole(tmp_path / "a.pt"):
         raise error
     assert raised.value.exit_code == code
 

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines in a log, a bar on a terminal."""
+"""What a person sees: plain lines in a log, a live view on a terminal."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ import pytest
 from training_helpers import hpclr
 
 from hpclr.training import progress
-from hpclr.training.progress import Bar, Lines, display
+from hpclr.training.progress import Lines, Live, display
 
 
 def test_lines_are_plain_text_in_a_log(bench):
@@ -36,7 +36,8 @@ def test_lines_come_now_and_then_and_at_the_end(seconds, lines, capsys, monkeypa
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", seconds)
     with Lines("a", 4, 0) as shown:
         for step in range(1, 5):
-            shown.step(step, 0.5)
+            shown.record({"kind": "train", "step": step, "loss": 0.5})
+            shown.record({"kind": "check", "step": step})
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
@@ -50,29 +51,32 @@ def everything(terminal: int) -> str:
     return b"".join(parts).decode()
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_a_view_on_a_terminal(tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
-        shown = display("digits", 3, 1)
-        assert isinstance(shown, Bar)
+        earlier = tmp_path / "metrics.jsonl"
+        earlier.write_text('{"kind":"attempt","step":0,"steps":3}\n{"kind":"train","step":1,"loss":0.5}\n')
+        shown = display("digits", 3, 1, earlier)
+        assert isinstance(shown, Live)
         with shown:
             for step in (2, 3):
-                shown.step(step, 0.25)
+                shown.record({"kind": "train", "step": step, "loss": 0.25})
                 shown.note("check [1/2] at step 2 :smile:")
         terminal.flush()
         seen = everything(ours)
     os.close(ours)
     assert "digits" in seen
+    assert "1/3" in seen
     assert "3/3" in seen
     assert "loss 0.2500" in seen
     assert "check [1/2] at step 2 :smile:" in seen
 
 
-def test_no_terminal_no_bar(monkeypatch):
+def test_no_terminal_no_view(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert isinstance(display("a", 1, 0), Lines)
+    assert isinstance(display("a", 1, 0, tmp_path / "metrics.jsonl"), Lines)
 
 
 def test_a_whole_run_on_a_terminal(bench, monkeypatch):

@@ -71,7 +71,7 @@ def acting(bench, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Another save is tried soon after one has failed."""
-    monkeypatch.setattr(saving, "_PAUSE", 0.001)
+    monkeypatch.setattr(saving, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(saving, "_LONGEST_PAUSE", 0.001)
     monkeypatch.setattr(loop, "LAST_PAUSES", (0.01, 0.01))
 

@@ -124,7 +124,7 @@ def test_killed_while_a_save_is_written(name, team):
 # phase of a load → where it is, what goes wrong there, the exit code, what is said
 LOADS = {
     "looking": ("hpclr.checkpoint.store:CheckpointStore.load_newest", EIO, (0,)),
-    "reading": ("hpclr.checkpoint.store:_read", EIO, (0, 1)),
+    "reading": ("hpclr.checkpoint.store:read_whole", EIO, (0, 1)),
     "restoring": ("hpclr.training.run:restore", "raise RuntimeError('shapes differ')", (0, 1)),
 }
 

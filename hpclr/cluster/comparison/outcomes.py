@@ -9,10 +9,10 @@ import msgspec
 
 from hpclr.cluster.comparison.budgets import Trial
 from hpclr.cluster.comparison.files import Comparison
-from hpclr.cluster.progress import open_regular
 from hpclr.cluster.sweep.results import found
 from hpclr.cluster.sweep.standing import Standing
 from hpclr.errors import UsageError
+from hpclr.files import open_regular
 from hpclr.training.run_directory import RunDirectory
 from hpclr.training.scores import METRICS, judged_by
 
@@ -28,12 +28,14 @@ class Quantity(NamedTuple):
         heading: in a table.
         value: taken from the summary; None where that does not hold it.
         shared: whether its share of dense's is of interest.
+        rare: whether most methods have none; where none of a comparison has, it is left out.
     """
 
     name: str
     heading: str
     value: Callable[[Summary], float | None]
     shared: bool = False
+    rare: bool = False
 
 
 def _at(*place: str) -> Callable[[Summary], float | None]:
@@ -49,6 +51,7 @@ QUANTITIES = (
     Quantity("trainable_parameters", "trainable parameters", _at("sizes", "trainable"), shared=True),
     Quantity("stored_parameters", "stored parameters", _at("sizes", "stored"), shared=True),
     Quantity("dense_parameters", "dense parameters", _at("sizes", "dense")),
+    Quantity("adapter_bytes", "adapter, bytes", _at("adapter_bytes"), rare=True),
     Quantity("inference_flops", "FLOPs of inference", _of_a_sample, shared=True),
     Quantity("training_flops", "FLOPs of training", _at("cost", "training_flops"), shared=True),
     Quantity("optimizer_bytes", "optimiser, bytes", _at("sizes", "optimizer_bytes")),
@@ -122,6 +125,12 @@ class Outcomes(NamedTuple):
         """The names of all metrics, the one that counts first."""
         names = {name for outcomes in self.by_label.values() for outcome in outcomes for name in outcome.test}
         return [self.metric, *(name for name in METRICS if name in names - {self.metric})]
+
+    @property
+    def quantities(self) -> list[Quantity]:
+        """What is told of the runs; of rare ones those that some run has."""
+        costs = [outcome.costs for outcomes in self.by_label.values() for outcome in outcomes]
+        return [one for one in QUANTITIES if not one.rare or any(cost[one.name] is not None for cost in costs)]
 
 
 def outcomes(

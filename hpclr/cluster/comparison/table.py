@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hpclr.cluster.comparison.files import Comparison
 from hpclr.cluster.comparison.numbers import NONE, digits, mean_and_spread, points, short
-from hpclr.cluster.comparison.outcomes import QUANTITIES, Outcome, Outcomes, Quantity, Validation
+from hpclr.cluster.comparison.outcomes import Outcome, Outcomes, Quantity, Validation
 from hpclr.training.scores import METRICS
 
 _WIDTH = 100
@@ -49,7 +49,7 @@ def _rows(found: Outcomes) -> Iterator[tuple[str, _Cell]]:
         yield f"test {name}{unit}", partial(_score, found, name)
         if name == found.metric:
             yield "  minus dense's", partial(_difference, found)
-    for quantity in QUANTITIES:
+    for quantity in found.quantities:
         yield quantity.heading, partial(_cost, found, quantity)
         if quantity.shared:
             yield "  of dense", partial(_share, found, quantity)
@@ -128,7 +128,7 @@ def csv_of(found: Outcomes) -> bytes:
     """A line a run that counts, with all digits; what is not known is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    costs = [quantity.name for quantity in QUANTITIES]
+    costs = [quantity.name for quantity in found.quantities]
     heading = ["name", "label", "method", "seed", "state", *(f"test_{name}" for name in found.metrics), *costs]
     writer.writerow([*heading, "reached_dense", "seconds_to_dense", "flops_to_dense"])
     for outcome in (outcome for outcomes in found.by_label.values() for outcome in outcomes):
@@ -143,7 +143,7 @@ def _line(found: Outcomes, outcome: Outcome) -> list[object]:
     return [
         *(point.name, trial.label, point.run.method.name, trial.seed, outcome.standing.words),
         *(outcome.test.get(name) for name in found.metrics),
-        *outcome.costs.values(),
+        *(outcome.costs[quantity.name] for quantity in found.quantities),
         ("yes" if reached else "no") if known else None,
         *((reached.seconds, reached.flops) if reached else (None, None)),
     ]

@@ -16,8 +16,7 @@ from hpclr.cluster.sweep.files import Point
 from hpclr.cluster.sweep.points import Sweep, value_at
 from hpclr.cluster.sweep.standing import Standing
 from hpclr.config.describe import show
-from hpclr.errors import UsageError
-from hpclr.files import write_whole
+from hpclr.files import write_asked
 from hpclr.training.scores import METRICS, judged_by
 
 _SEED = "train.seed"
@@ -93,14 +92,14 @@ class Results:
         """Writes the runs as CSV: names, varied keys, results as they are, states.
 
         Raises:
-            UsageError: as `write_table`.
+            UsageError: if it cannot be written.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["name", *self._keys, *(heading.replace(" ", "_") for heading in self._headings), "state"])
         for row in self._rows:
             writer.writerow([row.point.name, *map(_raw, row.values), *map(_raw, row.results), row.standing.words])
-        write_table(file, text.getvalue().encode())
+        write_asked(file, text.getvalue().encode())
 
     def _seeds(self) -> list[list[Row]]:
         """Runs that differ in their seeds only, together."""
@@ -121,18 +120,6 @@ class Results:
             cells = [_spread(list(column), form) for column, form in zip(columns, self._forms, strict=True)]
             table.add_row(*map(_text, values), *cells, f"{len(done)} of {len(group)}")
         return table
-
-
-def write_table(file: Path, content: bytes) -> None:
-    """Writes a file of results.
-
-    Raises:
-        UsageError: if it cannot be written.
-    """
-    try:
-        write_whole(file, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def _table(title: str, keys: Sequence[str], headings: Sequence[str]) -> Table:

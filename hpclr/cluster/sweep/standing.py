@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from hpclr.cluster.progress import open_regular
-from hpclr.cluster.status import Status, on_one_line, runs_in, statuses
+from hpclr.cluster.status import Status, runs_in, statuses
 from hpclr.cluster.sweep.files import Point
 from hpclr.cluster.sweep.points import Sweep
 from hpclr.config import RunFile, differences, load_run_file
 from hpclr.config.describe import show
 from hpclr.errors import UsageError
-from hpclr.files import write_whole
+from hpclr.files import open_regular, write_whole
+from hpclr.output import on_one_line
 from hpclr.training.run_directory import RunDirectory, writing
 
 _RECORD = "sweep.json"
@@ -71,7 +71,7 @@ def plan(sweep: Sweep, standing: Mapping[str, Standing], runs: Path) -> str:
     count = sum(found.waits for found in standing.values())
     lines.append(f"{sweep.name}: {len(standing)} runs in {runs}, of which {count} are to be started")
     if others := strangers(sweep, runs):
-        lines.append(f"no longer of this {sweep.kind}, and left as they are: {', '.join(others)}")
+        lines.append(f"not asked for now, and left as they are: {', '.join(others)}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,8 @@
 """Every collective of a Group, on what torchrun starts; leaves what each process got."""
 
-import json
-import os
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
+from leaving import leave
 
 from hpclr.errors import HpclrError, RetryableError, UsageError
 from hpclr.parallel.group import Group
@@ -62,7 +59,6 @@ def gradient(prepare):
     replica = Replica(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
     prepare(replica)
     replica(torch.full((2, 4), 1.0 + rank)).sum().backward()
-    replica.renew()  # lets go of what it has of the process group, before that goes
     return replica.module[0].weight.grad.tolist()
 
 
@@ -81,6 +77,4 @@ def went_around():
 
 result["eval_mode"] = gradient(lambda replica: replica.eval())
 result["went_around"] = raised(went_around)
-(Path(os.environ["RESULTS"]) / f"{rank}.json").write_text(json.dumps(result))
-group.barrier()
-dist.destroy_process_group()
+leave(result)

@@ -1,0 +1,154 @@
+"""LoRA (Hu et al., arXiv 2106.09685) as PEFT has it, to compare with; the only module that imports peft.
+
+    W' = W + (α/r) B A          A (r×n), B (m×r) trained, W frozen; B = 0 at the start
+
+PEFT puts a layer of its own around each layer: what was `layer.weight` is `layer.base_layer.weight` from then on.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpclr.config.schema import Lora
+from hpclr.errors import UsageError
+from hpclr.lowrank import WeightSite
+from hpclr.lowrank.adapters import Adaptable, AdaptedWeight, adaptable
+from hpclr.lowrank.adapters.interchange import LORA
+from hpclr.lowrank.kinds import TransposedWeight, kind_of
+from hpclr.methods.adapting import check_held, freeze_rest, take_places, trained_names
+from hpclr.methods.base import ChangeHook, Method, no_penalty
+from hpclr.methods.checks import check_layers, check_model, check_saved, check_saved_by, placement_of
+from hpclr.methods.placement import Here
+
+_BASE, _ADAPTER = "base_layer", "default"
+_PARTS = {"lora_A": f"lora_A.{_ADAPTER}.weight", "lora_B": f"lora_B.{_ADAPTER}.weight"}
+
+
+class LoRA(Method):
+    """The same face as hpclr's own adapters; see `hpclr.SARA`.
+
+    Args:
+        model: a model, or a `hpclr.parallel.Replica` of one.
+        optimizer: holds the model's parameters.
+        section: of the run file.
+        seed: of A.
+
+    Raises:
+        UsageError: without PEFT.
+        ValueError: if there is no layer for it, or the optimiser does not hold what trains.
+    """
+
+    adapts = True
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, section: Lora, seed: int) -> None:
+        self._model, self._section, self.dense_form = check_model(model), section, without_lora
+        chosen = _chosen(self._model, section)
+        check_layers(chosen.sites, chosen.left_alone, "LoRA")
+        self._weights = {name: site.parameter for name, site in chosen.sites.items()}
+        self.trained = trained_names(self._model, section.train, chosen.head, chosen.sites)
+        check_held(optimizer, self._model, chosen.sites, self.trained)
+        own = [self._model.get_parameter(name) for name in self.trained]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same on all processes
+            _inject(self._model, section, chosen.sites)
+        added = {layer.base_layer.weight: _added(layer) for _, layer in _lora_layers(self._model)}
+        freeze_rest(self._model, [*own, *(parameter for some in added.values() for parameter in some)])
+        take_places(optimizer, added)
+        placement = placement_of(model)
+        if placement is not None:
+            model.renew()  # type: ignore[operator]
+        (placement or Here()).confirm(self.ranks, self._model.parameters())
+
+    def step(self) -> None:
+        """Nothing is ever due."""
+
+    def penalty(self) -> Tensor:
+        """Zero."""
+        return no_penalty(self._model)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer name → rank, the same for all."""
+        return dict.fromkeys(self._weights, self._section.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose state it is, the ranks, and what else trains; the rest is in the model's state."""
+        return {"method": "lora", "ranks": self.ranks, "trained": list(self.trained)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Checks that a state is of the same layers; load it before the model's.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        check_saved_by("lora", state, self.state_dict())
+        check_saved(state["ranks"], self.ranks)
+
+    def on_change(self, hook: ChangeHook) -> None:
+        """Nothing ever changes its form after the start."""
+
+    def adapted_weights(self) -> dict[str, AdaptedWeight]:
+        """Where in the model's state dict the adapters are; see `hpclr.lowrank.adapters.interchange`."""
+        return dict(_described(name, layer) for name, layer in _lora_layers(self._model))
+
+
+def add_lora(model: nn.Module, section: Lora) -> None:
+    """Gives a fresh model the layers that a checkpoint of such a run is for, contents to come.
+
+    Raises:
+        UsageError: without PEFT.
+    """
+    _inject(model, section, _chosen(model, section).sites)
+
+
+def without_lora(model: nn.Module) -> nn.Module:
+    """Takes PEFT's layers away, in place, with all that they have learned; the weights train again."""
+    for name, layer in list(_lora_layers(model)):
+        layer.base_layer.weight.requires_grad_(True)
+        model.set_submodule(name, layer.base_layer)
+    return model
+
+
+def _chosen(model: nn.Module, section: Lora) -> Adaptable:
+    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude")
+    return adaptable(model, **{key: getattr(section, key) for key in keys})
+
+
+def _inject(model: nn.Module, section: Lora, sites: Mapping[str, WeightSite]) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise UsageError("method: lora needs PEFT: pip install 'hpclr[peft]'") from error
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=section.dropout,
+        target_modules="|".join(re.escape(site.path) for site in sites.values()),
+    )
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    modules = model.named_modules()
+    return ((name, module) for name, module in modules if hasattr(module, _BASE) and hasattr(module, "lora_A"))
+
+
+def _added(layer: Any) -> list[nn.Parameter]:
+    return [layer.get_parameter(name) for name in _PARTS.values()]
+
+
+def _described(name: str, layer: Any) -> tuple[str, AdaptedWeight]:
+    kind = kind_of(type(layer.base_layer))
+    base = f"{name}.{_BASE}"
+    return name, AdaptedWeight(
+        form=LORA,
+        weight=f"{base}.weight",
+        parts={part: f"{name}.{key}" for part, key in _PARTS.items()},
+        transposed=kind is not None and kind.plain is TransposedWeight,
+        scale=float(layer.scaling[_ADAPTER]),
+        renamed={f"{base}.{own}": f"{name}.{own}" for own, _ in layer.base_layer.named_parameters()},
+    )
