@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpclr.cli.many import NOTHING_STARTED, How, many_options, start
+from hpclr.cli.picture import plot_option
 from hpclr.cli.resources import SbatchCommand, resource_options
 from hpclr.errors import UsageError
 from hpclr.output import printable
-from hpclr.report.comparison import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,20 +30,13 @@ def _labels(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     return labels
 
 
-def _picture(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and value.suffix[1:].lower() not in FORMATS:
-        raise click.BadParameter(f"{value} must end in one of {', '.join(f'.{kind}' for kind in FORMATS)}")
-    return value
-
-
 @click.command(cls=SbatchCommand, epilog="Words after -- are further options of sbatch: -- --mail-type=END")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--methods", callback=_labels, metavar="A,B,…", help="Which [those of the file, else the usual ones].")
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Runs of each method [3].")
 @click.option("--equal", type=click.Choice(["steps", "time", "flops"]), help="What they have in common [steps].")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), callback=_picture, metavar="FILE",
-              help="Draw the comparison: .svg, .png or .pdf.")  # fmt: skip
+@plot_option("Draw the comparison: .svg, .png or .pdf.")
 @many_options
 @resource_options
 def compare(
@@ -133,17 +126,17 @@ def _show(comparison: "Comparison", runs: Path, csv: Path | None, plot: Path | N
     from hpclr.cluster.comparison.outcomes import outcomes
     from hpclr.cluster.comparison.picture import drawn
     from hpclr.cluster.comparison.table import csv_of, show
-    from hpclr.cluster.sweep.results import write_table
+    from hpclr.files import write_asked
 
     known, sweep, standing = _look(comparison, runs)
     found = outcomes(comparison, known, standing, runs)
     show(comparison, found)
     mine = _own_places(sweep, runs)
     for file in [path / "results.csv" for path in mine] + ([csv] if csv is not None else []):
-        write_table(file, csv_of(found))
+        write_asked(file, csv_of(found))
     try:
         for file in [path / "results.svg" for path in mine] + ([plot] if plot is not None else []):
-            write_table(file, drawn(comparison, found, file.suffix[1:].lower()))
+            write_asked(file, drawn(comparison, found, file.suffix[1:].lower()))
     except UsageError as error:
         if plot is not None:
             raise

@@ -17,6 +17,9 @@ import click
 @click.option("--dense", "form", flag_value="dense", default="dense", help="Multiply factored weights out (default).")
 @click.option("--factored", "form", flag_value="factored", help="Leave them as factors.")
 @click.option(
+    "--adapter", "form", flag_value="adapter", help="Adapters and what trained with them alone; .safetensors or .h5."
+)
+@click.option(
     "--dtype", type=click.Choice(["float32", "float64", "bf16", "fp16"]), help="Type of the weights; as stored."
 )
 @click.option("--no-average", is_flag=True, help="The run's own weights, also where it keeps averaged ones.")
@@ -26,6 +29,12 @@ import click
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 def export(checkpoint: Path, out: Path, form: str, no_average: bool, **options: Any) -> None:
     """Write the weights in CHECKPOINT, a file or a run directory, to OUT, for programs other than hpclr."""
-    from hpclr.training.export import export_checkpoint
+    from hpclr.training.export import export_adapter, export_checkpoint
 
+    if form == "adapter":
+        if options.pop("format") or options.pop("trust"):
+            raise click.UsageError("--adapter goes with neither --format nor --trust: OUT's suffix tells the format")
+        options.pop("trust", None)
+        click.echo(export_adapter(checkpoint, out, average=not no_average, **options))
+        return
     click.echo(export_checkpoint(checkpoint, out, factored=form == "factored", average=not no_average, **options))

@@ -66,7 +66,7 @@ def _with_zone(when: datetime | None) -> str | None:
 def _show(found: "Sequence[Status]") -> None:
     from rich.cells import cell_len
 
-    from hpclr.cluster.status import on_one_line
+    from hpclr.output import on_one_line
 
     rows = [_HEADINGS, *([on_one_line(cell) for cell in _cells(status)] for status in found)]
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HEADINGS))]

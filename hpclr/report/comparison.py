@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FORMATS = ("svg", "png", "pdf")
 
 # Okabe and Ito's colours, which the colour-blind tell apart; without yellow, which paper does not show.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the picture is the same everywhere
@@ -29,7 +29,7 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "hpclr",  # else the names of its parts are random
     "svg.fonttype": "path",
 }
-_METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None},
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "ModDate": None},
@@ -71,13 +71,13 @@ def picture_of(kind: str, title: str, metric: str, series: Sequence[Series]) -> 
         UsageError: if matplotlib is not installed.
     """
     content = io.BytesIO()
-    with _matplotlib_style():
-        _drawn(title, metric, series).savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
+    with matplotlib_style():
+        _drawn(title, metric, series).savefig(content, format=kind, dpi=200, metadata=METADATA[kind])
     return content.getvalue()
 
 
 @contextmanager
-def _matplotlib_style() -> Iterator[None]:
+def matplotlib_style() -> Iterator[None]:
     """Whatever the user's own settings are."""
     try:
         from matplotlib import style
@@ -111,7 +111,7 @@ def _drawn(title: str, metric: str, series: Sequence[Series]) -> "Figure":
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    return {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def _points(panel: "Axes", series: Sequence[Series], costs: Callable[[Series], Sequence[float]]) -> None:

@@ -12,6 +12,7 @@ from hpclr.version import __version__
 
 HELP = [[], *([name] for name in COMMANDS), ["data", "prepare"], ["data", "inspect"]]
 HEAVY = {"torch", "numpy", "h5py", "rich.progress", "sklearn"}
+NOT_FOR_TRAINING = {"galore_torch", "heat", "matplotlib", "mpi4py", "onnx", "sklearn", "tensorboard", "transformers"}
 PROGRAM = """
 import resource, sys
 sys.argv = ["hpclr", *{arguments!r}]
@@ -35,6 +36,12 @@ def test_help_is_instant(command):
     seconds, heavy = done.stderr.strip().split("|")
     assert heavy == "[]"
     assert float(seconds) < 0.5
+
+
+def test_training_loads_no_package_that_it_may_not_need():
+    program = f"import sys, hpclr.training.run; print(*{NOT_FOR_TRAINING!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "\n", done
 
 
 def test_help_lists_every_command_with_its_line(capsys):
