@@ -26,6 +26,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from measure import processor
 
 from hpclr.checkpoint import BackgroundSaver, CheckpointStore
 
@@ -196,11 +197,6 @@ def goals_of(median: Times) -> dict[str, tuple[float, float]]:
         "in the background / safetensors + fsync": (background["+ fsync"] / safe["+ fsync"], 2.5),
         "verified load / read and hash": (verified["total"] / plain["total"], 1.5),
     }
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":
