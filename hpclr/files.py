@@ -1,10 +1,15 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all; files of others, read."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from hpclr.errors import UsageError
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -16,6 +21,18 @@ def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     with _written_beside(path, content, mode) as temporary:
         os.replace(temporary, path)
     synchronise(path.parent)
+
+
+def write_asked(path: Path, content: bytes) -> None:
+    """Writes a file that the user has named, as `write_whole`.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; name another place for it") from error
 
 
 def write_once(path: Path, content: bytes) -> None:
@@ -52,3 +69,16 @@ def synchronise(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file by anybody for reading; a pipe of that name does not hold it up.
+
+    Raises:
+        OSError: if that is not possible, or it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))

@@ -85,3 +85,8 @@ def end_at_once(code: int) -> NoReturn:
 def printable(text: str) -> str:
     """Text from a file for a terminal: control characters, which could drive it, as their escapes."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def on_one_line(text: str) -> str:
+    """What others have written, in one line that can do nothing to a terminal."""
+    return printable(text).replace("\n", "\\n")

@@ -7,6 +7,10 @@ import pytest
 sys.path.append(str(Path(__file__).with_name("slurm")))  # cluster.py and helpers, for all folders of tests
 from cluster import started, unavailable
 
+# `python -m pytest` looks for packages in the repository as well, where `make quickstart` has left a folder `datasets`;
+# transformers would take that for Hugging Face's package
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parents[1]]
+
 
 @pytest.fixture(scope="session")
 def running_slurm():

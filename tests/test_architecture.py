@@ -15,7 +15,17 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names)
 ALLOWED = {
     "lowrank": {"torch"},
     "methods": {"torch", "hpclr.lowrank"},
+    "nested": {"torch"},
     "models": {"torch", "transformers"},
+    "integrations": {
+        "torch",
+        "transformers",
+        "lightning",
+        "hpclr.errors",
+        "hpclr.lowrank",
+        "hpclr.methods",
+        "hpclr.parallel",
+    },
 }
 STRANGERS = {"checkpoint", "data", "config", "parallel", "slurm"}  # these do not know one another
 # Packages that only these rooms or files may import.
@@ -25,6 +35,11 @@ ONLY_HERE = {
     "mpi4py": {"parallel/mpi.py"},
     "heat": {"parallel/heat.py"},
     "galore_torch": {"training/galore.py"},
+    "tensorboard": {"track/tensorboard.py"},
+    "mlflow": {"track/mlflow.py"},
+    "peft": {"training/lora.py"},
+    "lightning": {"integrations/lightning.py"},
+    "transformers": {"models", "integrations/hugging_face.py"},
 }
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 

@@ -82,7 +82,9 @@ def parsed(line: str) -> tuple[click.Command, list[str]]:
     context = click.Context(command, **command.context_settings)  # click remembers the help option it makes here
     known = {option for parameter in command.get_params(context) for option in parameter.opts}
     for word in words:
-        assert not word.startswith("-") or word in known, f"{line!r}: no option {word}; there are {sorted(known)}"
+        assert not word.startswith("-") or word.partition("=")[0] in known, (
+            f"{line!r}: no option {word}; there are {sorted(known)}"
+        )
     return command, words
 
 
