@@ -25,7 +25,7 @@ quickstart: $(VENV)/run.stamp  ## install, train a small vision transformer on r
 	@PATH="$(abspath $(BIN)):$$PATH" jobs/quickstart.sh
 
 test: check slurm  ## lint, types and every test that takes seconds
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/dev.stamp slurm  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 7200

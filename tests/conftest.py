@@ -12,6 +12,13 @@ from cluster import started, unavailable
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parents[1]]
 
 
+def pytest_collection_modifyitems(items):
+    """With several workers, the tests of a file stay together, and so do all that share the machine's one Slurm."""
+    for item in items:
+        shared = "running_slurm" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("slurm" if shared else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def running_slurm():
     if reason := unavailable():

@@ -126,7 +126,7 @@ def after_warmup(steps: int, make):
             ),
         ),
     ],
-    ids=repr,
+    ids=lambda value: "torch" if callable(value) else repr(value),
 )
 def test_rates_are_those_of_torch(schedule, make):
     rate = learning_rate(schedule, 0.8, TOTAL)
