@@ -38,11 +38,11 @@ from hpclr.lowrank import SumProportion
 from hpclr.lowrank.adapters import adapter_state_dict
 
 COLUMNS = ("method", "accuracy", "trained", "bytes", "step", "peak", "kept")
-RATES = {  # found by --tune: of `glosses` those of lora and edora, of `images` all but that of full; the rest not tuned
+RATES = {  # found by --tune, but for oialr's of `glosses` and full's of `images`, which are not tuned
     "glosses": {
         "frozen": 2.5e-2,
         "lora": 5e-3,
-        "sara": 5e-3,
+        "sara": 1.25e-2,
         "mo_sara": 2.5e-2,
         "edora": 2.5e-2,
         "oialr": 1e-3,

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from hpclr.config.schema import Lora
 from hpclr.errors import UsageError
 from hpclr.lowrank import WeightSite
-from hpclr.lowrank.adapters import Adaptable, AdaptedWeight, adaptable
+from hpclr.lowrank.adapters import AdaptedWeight
 from hpclr.lowrank.adapters.interchange import LORA
 from hpclr.lowrank.kinds import TransposedWeight, kind_of
-from hpclr.methods.adapting import check_held, freeze_rest, take_places, trained_names
+from hpclr.methods.adapting import adaptable_by, check_held, check_same, freeze_rest, take_places, trained_names
 from hpclr.methods.base import ChangeHook, Method, no_penalty
 from hpclr.methods.checks import check_layers, check_model, check_saved, check_saved_by, placement_of
 from hpclr.methods.placement import Here
@@ -46,7 +46,7 @@ class LoRA(Method):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, section: Lora, seed: int) -> None:
         self._model, self._section, self.dense_form = check_model(model), section, without_lora
-        chosen = _chosen(self._model, section)
+        chosen = adaptable_by(section, self._model)
         check_layers(chosen.sites, chosen.left_alone, "LoRA")
         self._weights = {name: site.parameter for name, site in chosen.sites.items()}
         self.trained = trained_names(self._model, section.train, chosen.head, chosen.sites)
@@ -56,7 +56,7 @@ class LoRA(Method):
             torch.manual_seed(seed)  # the same on all processes
             _inject(self._model, section, chosen.sites)
         added = {layer.base_layer.weight: _added(layer) for _, layer in _lora_layers(self._model)}
-        freeze_rest(self._model, [*own, *(parameter for some in added.values() for parameter in some)])
+        freeze_rest(self._model, [*own, *(parameter for some in added.values() for parameter in some.values())])
         take_places(optimizer, added)
         placement = placement_of(model)
         if placement is not None:
@@ -76,17 +76,20 @@ class LoRA(Method):
         return dict.fromkeys(self._weights, self._section.rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whose state it is, the ranks, and what else trains; the rest is in the model's state."""
-        return {"method": "lora", "ranks": self.ranks, "trained": list(self.trained)}
+        """Whose state it is, its settings, the ranks, and what else trains; the rest is in the model's state."""
+        settings = {key: getattr(self._section, key) for key in ("alpha", "dropout")}
+        return {"method": "lora", "settings": settings, "ranks": self.ranks, "trained": list(self.trained)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Checks that a state is of the same layers; load it before the model's.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if it is not, or of other settings; names what differs.
         """
         check_saved_by("lora", state, self.state_dict())
+        check_same(state, self.state_dict(), ("settings", "trained"))
         check_saved(state["ranks"], self.ranks)
+        check_saved(self.ranks, state["ranks"])  # each no larger than the other
 
     def on_change(self, hook: ChangeHook) -> None:
         """Nothing ever changes its form after the start."""
@@ -102,7 +105,7 @@ def add_lora(model: nn.Module, section: Lora) -> None:
     Raises:
         UsageError: without PEFT.
     """
-    _inject(model, section, _chosen(model, section).sites)
+    _inject(model, section, adaptable_by(section, model).sites)
 
 
 def without_lora(model: nn.Module) -> nn.Module:
@@ -111,11 +114,6 @@ def without_lora(model: nn.Module) -> nn.Module:
         layer.base_layer.weight.requires_grad_(True)
         model.set_submodule(name, layer.base_layer)
     return model
-
-
-def _chosen(model: nn.Module, section: Lora) -> Adaptable:
-    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude")
-    return adaptable(model, **{key: getattr(section, key) for key in keys})
 
 
 def _inject(model: nn.Module, section: Lora, sites: Mapping[str, WeightSite]) -> None:
@@ -137,8 +135,8 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in modules if hasattr(module, _BASE) and hasattr(module, "lora_A"))
 
 
-def _added(layer: Any) -> list[nn.Parameter]:
-    return [layer.get_parameter(name) for name in _PARTS.values()]
+def _added(layer: Any) -> dict[str, nn.Parameter]:
+    return {name: layer.get_parameter(name) for name in _PARTS.values()}
 
 
 def _described(name: str, layer: Any) -> tuple[str, AdaptedWeight]:

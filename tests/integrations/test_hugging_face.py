@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hpclr import densify
+from hpclr import SARA, EDoRA, MoSARA, densify
 from hpclr.errors import UsageError
 from hpclr.integrations.hugging_face import HuggingFaceCallback
 from hpclr.lowrank import load_state_dict
@@ -40,7 +40,7 @@ def make_model():
     return BertForSequenceClassification(config)  # has dropout: random states count too
 
 
-def make_trainer(out, callback, *others, eval_dataset=None, **arguments):
+def make_trainer(out, *callbacks, model=None, eval_dataset=None, **arguments):
     defaults = {
         "output_dir": str(out / "checkpoints"), "max_steps": STEPS, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "learning_rate": 5e-3, "max_grad_norm": 0.5, "lr_scheduler_type": "cosine",
@@ -48,7 +48,7 @@ def make_trainer(out, callback, *others, eval_dataset=None, **arguments):
     }  # fmt: skip
     args = TrainingArguments(**(defaults | arguments))
     data = {"train_dataset": Sentences(), "eval_dataset": eval_dataset}
-    return Trainer(make_model(), args, callbacks=[callback, *others], **data)
+    return Trainer(model or make_model(), args, callbacks=list(callbacks), **data)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,33 @@ def moments_of(trainer):
 def assert_same(one, other):
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [lambda m: SARA(m, proportion=0.1), lambda m: MoSARA(m, proportion=0.3), lambda m: EDoRA(m, rank=4)],
+    ids=["sara", "mo_sara", "edora"],
+)
+def test_adapters_need_no_callback_to_be_resumed_to_the_bit(out, adapt):
+    trainers = []
+    for resume in (None, 4):
+        model = make_model()
+        adapt(model)
+        trainer = make_trainer(out, model=model, save_steps=4, max_steps=6)
+        trainer.train(resume_from_checkpoint=resume and checkpoint_of(trainers[0], resume))
+        trainers.append(trainer)
+    first, second = trainers
+    assert_same(first.model.state_dict(), second.model.state_dict())
+    assert_same(moments_of(first), moments_of(second))
+    query, plain = "bert.encoder.layer.0.attention.self.query.weight", make_model().state_dict()
+    state = second.model.state_dict()
+    assert torch.equal(state[query], plain[query])
+    assert not torch.equal(state["classifier.weight"], plain["classifier.weight"])
+
+
+def test_settings_that_oialr_has_not():
+    with pytest.raises(UsageError, match=r"found method, proportion\. Adapters need no callback"):
+        HuggingFaceCallback(method=SARA, proportion=0.1)
 
 
 def test_sizes_and_ranks_are_logged_and_reach_callbacks_that_come_after(out):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from hpclr import OIALR, Cuttlefish, FixedRank, SVDTraining, Truncate
+from hpclr import OIALR, SARA, Cuttlefish, EDoRA, FixedRank, MoSARA, SVDTraining, Truncate
 from hpclr.errors import UsageError
 from hpclr.integrations.lightning import LightningCallback
 
@@ -26,6 +26,11 @@ METHODS = {
     "fixed_rank": (FixedRank, {"rank": 0.5, "frobenius_decay": 1e-3}),
     "truncate": (Truncate, {"at": 6, "rank": {"rule": "energy", "share": 0.8}}),
     "cuttlefish": (Cuttlefish, {"every": 2, "delay": 6, "window": 2}),
+}
+ADAPTERS = {
+    "sara": (SARA, {"proportion": 0.2}),
+    "mo_sara": (MoSARA, {"proportion": 0.3}),
+    "edora": (EDoRA, {"rank": 3}),
 }
 STEPS = 12  # of two batches each; three make an epoch
 
@@ -92,6 +97,28 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(out, name):
         states = (one.optimizers[0].state_dict()["state"] for one in (trainer, other))
         first, second = ({(p, k): v for p, d in state.items() for k, v in d.items()} for state in states)
         assert_same(first, second)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_resumed_tested_and_merged(out, name):
+    method, settings = ADAPTERS[name]
+    trainer, net = fit(out, callback := LightningCallback(method, **settings))
+    assert torch.equal(net.net[0].weight, Net().net[0].weight)
+    early = out / "saved" / "step=9.ckpt"
+    _, again = fit(out / "other", LightningCallback(method, **settings), resume=early)
+    assert_same(net.state_dict(), again.state_dict())
+    score = trainer.test(net, batches(), verbose=False)
+    fresh = make_trainer(out, LightningCallback(method, **settings))
+    assert fresh.test(Net(), batches(), ckpt_path=out / "saved" / f"step={STEPS}.ckpt", verbose=False) == score
+    if name == "mo_sara":
+        with pytest.raises(UsageError, match="Mo-SARA cannot be merged"):
+            LightningCallback(method, dense_at_end=True, **settings)
+        return
+    _, merged = fit(out / "third", LightningCallback(method, dense_at_end=True, **settings), resume=early)
+    callback.method.merge()
+    assert torch.equal(merged.net[2].weight, net.net[2].weight)
+    assert type(merged.net[2]) is nn.Linear
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

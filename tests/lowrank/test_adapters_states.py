@@ -1,6 +1,7 @@
 """Whole models with adapters: which layers can have one, state dicts, adapters away again."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from torch import nn
 
 from hpclr.lowrank.adapters import (
     FORMS,
+    AdaptedWeight,
     adaptable,
     adapted_modules,
+    adapted_weights,
     adapter_state_dict,
+    check_adapters,
     load_adapter_state_dict,
     merge_adapters,
+    merged_state_dict,
     remove_adapters,
     shape_model_like_adapters,
     unmerge_adapters,
@@ -209,6 +214,21 @@ def test_each_kind_of_difference(target, names, expected):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.full((2, 12), float("inf")), "24 of the 24 numbers of '0.sara_b' are not finite as float32"),
+        (torch.zeros(2, 12, dtype=torch.int64), "'0.sara_b' is int64, in the model float32"),
+        (torch.zeros(2, 12, dtype=torch.complex64), "'0.sara_b' is complex64, in the model float32"),
+    ],
+)
+def test_numbers_that_are_none(value, said):
+    state, model = adapter_state_dict(net("sara", seed=1)), base()
+    with pytest.raises(ValueError, match=said):
+        load_adapter_state_dict(model, state | {"0.sara_b": value})
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_part_of_an_adapter_is_no_adapter():
     state = adapter_state_dict(net("sara", seed=1))
     del state["0.sara_b"]
@@ -248,3 +268,67 @@ def test_merged_for_good(form):
 def test_frozen_adapters_leave_a_frozen_weight():
     model = net("sara").requires_grad_(False)
     assert not any(p.requires_grad for p in remove_adapters(model).parameters())
+
+
+# --- descriptions that contradict themselves ------------------------------------------------------------------------
+
+
+def lora_state():
+    """Of one layer, as PEFT names its parameters."""
+    parts = {"lora_A": "l.lora_A.default.weight", "lora_B": "l.lora_B.default.weight"}
+    state = {"l.base_layer.weight": torch.ones(4, 6), "l.base_layer.bias": torch.ones(4), "h.weight": torch.ones(2, 4)}
+    state |= {parts["lora_A"]: torch.ones(2, 6), parts["lora_B"]: torch.ones(4, 2)}
+    names = {f"l.base_layer.{name}": f"l.{name}" for name in ("weight", "bias")}
+    return state, AdaptedWeight("lora", "l.base_layer.weight", parts, False, 0.5, names)
+
+
+def test_lora_merges():
+    state, entry = lora_state()
+    merged = merged_state_dict(state, {"l": entry})
+    assert list(merged) == ["l.weight", "l.bias", "h.weight"]
+    assert torch.equal(merged["l.weight"], torch.full((4, 6), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scale": float("nan")}, "layer 'l': expected a finite scale, found nan"),
+        ({"renamed": {"none": "x"}}, "expected other names of weights that are there, found one of none"),
+        ({"renamed": {"l.lora_A.default.weight": "x"}}, "found one of l.lora_A.default.weight"),
+        ({"renamed": {"l.base_layer.bias": "h.weight"}}, "two entries would have the name h.weight"),
+        ({"renamed": dict.fromkeys(("l.base_layer.bias", "l.base_layer.weight"), "x")}, "would have the name x"),
+        ({"transposed": True}, "does not fit a weight of 6×4"),
+    ],
+)
+def test_a_description_of_lora_that_contradicts_itself(change, said):
+    state, entry = lora_state()
+    with pytest.raises(ValueError, match=said):
+        merged_state_dict(state, {"l": replace(entry, **change)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scale": 2.0}, "layer '0': expected no scale, found 2.0"),
+        ({"renamed": {"0.weight": "x"}}, "layer '0': expected no other names of its parameters, found x"),
+    ],
+)
+def test_a_description_of_another_form_that_contradicts_itself(change, said):
+    model = net("sara", seed=1)
+    adapters = adapted_weights(model)
+    with pytest.raises(ValueError, match=said):
+        check_adapters(model.state_dict(), adapters | {"0": replace(adapters["0"], **change)})
+
+
+def test_two_adapters_on_one_weight_and_weights_of_other_kinds():
+    model = net("sara", seed=1)
+    state, adapters = model.state_dict(), adapted_weights(model)
+    again = {"x." + part: state["0." + part].clone() for part in adapters["0"].parts}
+    twice = replace(adapters["0"], parts={part: "x." + part for part in adapters["0"].parts})
+    with pytest.raises(ValueError, match=r"layer '0': 0\.weight has an adapter, or is part of one, twice"):
+        check_adapters(state | again, adapters | {"x": twice})
+    with pytest.raises(ValueError, match=r"layer '0': expected real numbers, found 0\.sara_b of torch\.int64"):
+        check_adapters(state | {"0.sara_b": state["0.sara_b"].long()}, adapters)
+    state |= {"0.weight": state["0.weight"][:, :, None]}
+    with pytest.raises(ValueError, match=r"expected a matrix, as it is to be transposed, found 0\.weight of 3"):
+        check_adapters(state, adapters | {"0": replace(adapters["0"], transposed=True)})

@@ -1,6 +1,7 @@
 """SARA, Mo-SARA and EDoRA in a training loop: what trains and what does not, optimisers, resuming, processes."""
 
 import copy
+import inspect
 import io
 import multiprocessing
 import pickle
@@ -41,7 +42,8 @@ def test_only_adapters_head_and_what_is_asked_for_change(make):
     method = make(model, train=["*.bias"])
     start = deep_state(model)
     assert method.trained == ("0.bias", "2.bias", "4.bias", "6.weight", "6.bias")
-    assert method.report == {"6": "without an adapter as the first or last layer (keep_first, keep_last)"}
+    why = "without an adapter as the first or last layer (keep_first, keep_last)"
+    assert method.report == {"6": f"{why}; its weight and bias train"}
     finetune(model, torch.optim.AdamW(trainable(model), 1e-2), method, 2)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     adapters = {f"{path}.{name}" for path, layer in adapted_modules(model) for name in layer.trained}
@@ -57,6 +59,17 @@ def test_without_a_head_and_whatever_was_frozen_before(make):
     assert list(method.ranks) == ["2", "6"]
     assert method.trained == ()
     assert set(trainable(model)) == {p for n in (2, 6) for p in map(model[n].parameter, model[n].trained)}
+
+
+@every_method
+def test_what_is_said_of_layers_that_train_without_an_adapter(make):
+    method = make(pretrained(), include=["2"], train=["4.bias"])
+    unnamed = "not among the names to include"
+    assert method.report == {
+        "0": unnamed,
+        "4": f"{unnamed}; its bias trains",
+        "6": f"{unnamed}; its weight and bias train",
+    }
 
 
 @pytest.mark.parametrize("name", ["sara", "edora"])
@@ -128,11 +141,56 @@ def test_with_and_without_an_optimiser_is_the_same(make):
     results = []
     for given in (True, False):
         model = pretrained()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2) if given else None
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5) if given else None
         method = make(model, optimizer)
-        finetune(model, optimizer or torch.optim.AdamW(trainable(model), 1e-2), method, 3)
+        finetune(model, optimizer or by_hand(model, method), method, 3)
         results.append(model(X))
     assert torch.equal(*results)
+
+
+def by_hand(model, method):
+    """AdamW whose decay leaves the scales alone."""
+    scales = method.without_decay
+    spared = {id(p) for p in scales}
+    rest = [p for p in trainable(model) if id(p) not in spared]
+    return torch.optim.AdamW([{"params": rest}, {"params": scales, "weight_decay": 0.0}], 1e-2, weight_decay=0.5)
+
+
+@every_method
+def test_weight_decay_leaves_scales_alone_and_nothing_else(make):
+    model = pretrained()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
+    method = make(model, optimizer)
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    start = deep_state(model)
+    optimizer.step()
+    spared = {id(p) for p in method.without_decay}
+    for name, parameter in model.named_parameters():
+        share = 0.95 if parameter.requires_grad and id(parameter) not in spared else 1
+        assert torch.allclose(parameter, share * start[name]), name
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in spared} == {
+        name for layer in (model[0],) for name in layer.trained if name not in ("sara_a", "sara_b", "edora_core")
+    }
+    assert len(optimizer.param_groups) == 1
+
+
+@every_method
+def test_names_in_the_groups_follow(make):
+    model = pretrained()
+    optimizer = torch.optim.AdamW(model.named_parameters(), 1e-2)
+    make(model, optimizer, train=["2.bias"])
+    (group,) = optimizer.param_groups
+    named = dict(model.named_parameters())
+    assert all(parameter is named[name] for parameter, name in zip(group["params"], group["param_names"], strict=True))
+    assert len(group["params"]) == len(trainable(model))
+
+
+def test_names_of_a_model_that_is_a_layer_follow():
+    layer = nn.Linear(10, 8)
+    optimizer = torch.optim.AdamW(layer.named_parameters(), 1e-2)
+    METHODS["sara"](layer, optimizer, keep_last=False)
+    assert optimizer.param_groups[0]["param_names"] == ["sara_a", "sara_lambda", "sara_b"]
 
 
 def test_optimisers_that_hold_too_little():
@@ -147,6 +205,15 @@ def test_optimisers_that_hold_too_little():
         make(model, "adamw")
     assert not list(adapted_modules(model))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@every_method
+def test_signatures_say_every_keyword(make):
+    keywords = inspect.signature(type(make(pretrained()))).parameters
+    common = ["max_aspect", "keep_first", "keep_last", "include", "exclude", "train", "seed", "placement"]
+    assert list(keywords)[:2] == ["model", "optimizer"]
+    assert [name for name in keywords if name in common] == common
+    assert all(keyword.kind is keyword.KEYWORD_ONLY for name, keyword in keywords.items() if name in common)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ from torch import nn
 
 from hpclr import EDoRA
 
+PUBLISHED_COUNTS = {4: 37_632, 8: 39_936, 16: 49_152, 32: 86_016}  # of twelve layers: 48 (r² + 768)
 
-@pytest.mark.parametrize("layers", [1, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("rank", "published"), [(4, 37_632), (16, 49_152)])
-def test_parameters_on_the_shapes_of_roberta_base(rank, published, layers):
-    """48 (r² + 768) in twelve layers."""
+
+@pytest.mark.parametrize(
+    ("layers", "rank"), [(1, 4), (1, 16), *(pytest.param(12, r, marks=pytest.mark.slow) for r in PUBLISHED_COUNTS)]
+)
+def test_parameters_on_the_shapes_of_roberta_base(layers, rank):
+    published = PUBLISHED_COUNTS[rank]
     model = roberta_shapes(layers)
     method = EDoRA(model, rank=rank, include=PUBLISHED)
     head = 2 * 768 + 2

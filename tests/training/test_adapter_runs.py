@@ -1,6 +1,7 @@
 """Runs with `method: {name: sara|mo_sara|edora|lora}`: resumed to the bit, on two processes, looked at, exported."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from safetensors.torch import save_file
 from training_helpers import VIT, as_killed_after, assert_same_run, hpclr, last_tree, summary
 
 from hpclr import load_adapter, save_adapter
+from hpclr.checkpoint import load_file, write_tree
+from hpclr.checkpoint.digest import write_sidecar
 from hpclr.config import load_run_file
 from hpclr.errors import UsageError
 from hpclr.lowrank.adapters import adapted_modules, merge_adapters
 from hpclr.models import MLP
+from hpclr.training.weights import read_weights
 
 STRICT = {"timeout": 30, "verify_every": 1}
 METHODS = {
@@ -80,20 +84,45 @@ def test_everything_that_looks_at_a_checkpoint_knows_the_form(name, bench, pretr
     assert sizes["trainable"] < sizes["dense"]
     assert sizes["dense_flops"] < sizes["flops"]
     assert found["cost"]["dense_training_flops"] > 0
+    inspected = hpclr("inspect", run).out
+    assert "factored layers" not in inspected
     for layer in ("layers.1", "layers.4"):
         base = f"{layer}.base_layer" if name == "lora" else layer
         assert torch.equal(tree[f"/model/{base}.weight"], before[f"{layer}.weight"])  # to the bit
         assert f"{base}.weight" not in trained
-        assert re.search(rf"{layer} .* {name} ", hpclr("inspect", run).out)
+        assert re.search(rf"{layer} .* {name} ", inspected)
     assert {"head.weight", "head.bias"} <= set(trained)
     assert hpclr("spectrum", run).code == (2 if name == "mo_sara" else 0)
+    assert_undescribed_adapters_are_named(run)
+
+
+def assert_undescribed_adapters_are_named(run):
+    path = max((run / "checkpoints").glob("step-*.h5"))
+    loaded = load_file(path)
+    without = path.with_name("step-00000099.h5")
+    write_sidecar(without, write_tree(without, {k: v for k, v in loaded.tree.items() if k != "adapters"}, {"step": 99}))
+    said = hpclr("verify", without).out
+    assert "expected a description of every adapter in 'adapters', found none of layers.1." in said
+    assert "no factors" not in said
+    done = hpclr("export", without, run / "a.safetensors")
+    assert done.code == 2
+    assert "expected a description of every adapter, found none of layers.1." in done.err
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_the_dense_export_computes_the_same(name, bench, pretrained):
-    run = bench.train(method=METHODS[name], optimizer=DECAYING, model=pretrained)
+    run = bench.train(method=METHODS[name], optimizer=DECAYING, model=pretrained, train={"ema": 0.5})
     file = bench.path / "merged.safetensors"
-    assert hpclr("export", run, file).code == 0
+    refused = hpclr("export", run, file, "--factored")
+    assert refused.code == 2
+    assert "--factored does not go with these" in refused.err
+    done = hpclr("export", run, file)
+    assert done.code == 0
+    assert "merged averaged weights (" in done.out
+    assert "factored" not in done.out
+    checkpoint = max((run / "checkpoints").glob("step-*.h5"))
+    found = read_weights(checkpoint, "")  # as for `model.weights`
+    assert all(torch.equal(value, found[key]) for key, value in load_safetensors(file).items())
     merged, before = load_safetensors(file), load_safetensors(pretrained["weights"])
     assert merged.keys() == before.keys()
     assert not torch.equal(merged["layers.1.weight"], before["layers.1.weight"])
@@ -132,13 +161,17 @@ def test_adapters_alone_give_the_model_back(name, suffix, bench, pretrained):
     tree = last_tree(run)
     model = MLP((1, 8, 8), 10, hidden=(32, 24))
     model.load_state_dict(load_safetensors(pretrained["weights"]))
-    load_adapter(model, file)
+    with warnings.catch_warnings(action="error"):
+        load_adapter(model, file)
     state = model.state_dict()
     assert {f"/model/{key}" for key in state} == {key for key in tree if key.startswith("/model/")}
     assert all(torch.equal(value, tree[f"/model/{key}"]) for key, value in state.items())
     assert {key for key, p in model.named_parameters() if p.requires_grad} == {
         key for group in tree["/optimizer/groups"] for key in group["params"]
     }
+    begun = hpclr("train", bench.write(model=pretrained | {"weights": str(file)}), "name=other")
+    assert begun.code == 2
+    assert "it has an adapter, which is trained beside weights" in begun.err
     again = bench.path / f"again.{suffix}"
     save_adapter(model, again)
     other = MLP((1, 8, 8), 10, hidden=(32, 24))
@@ -175,6 +208,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(bench):
         load_adapter(model, file)
     said = str(raised.value)
     assert "'head.weight' has shape (7, 20) in the model, (10, 24) in the file" in said
+    assert "layer 'layers.4' has a weight of 20×32" in said  # whatever else does not fit
     assert "'head.bias'" in said
     assert model.state_dict().keys() == before.keys()
     other = MLP((1, 8, 8), 10, hidden=(32, 20))

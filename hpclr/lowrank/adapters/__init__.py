@@ -8,6 +8,7 @@ from hpclr.lowrank.adapters.interchange import (
     adapted_weights,
     adapter_names,
     check_adapters,
+    looks_adapted,
     merged_state_dict,
     rank_stored,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "check_adapters",
     "is_of_adapter",
     "load_adapter_state_dict",
+    "looks_adapted",
     "merge_adapters",
     "merged_state_dict",
     "rank_stored",

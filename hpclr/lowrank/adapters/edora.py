@@ -33,6 +33,7 @@ class EDoRALayer(AdaptedModule):
 
     label = "EDoRA"
     trained = ("edora_core", "edora_magnitude")
+    scales = ("edora_magnitude",)
     frozen = ("edora_u", "edora_a")
 
     edora_u: Tensor

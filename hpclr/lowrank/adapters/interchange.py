@@ -3,14 +3,17 @@
 What `adapted_weights` says of a model goes beside its state dict, as `hpclr.lowrank.interchange` does for factors.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from hpclr.lowrank.adapters.layers import adapt, adapted_modules, sizes_stored
-from hpclr.lowrank.adapters.whole import FORMS
+from hpclr.lowrank.adapters.whole import FORMS, is_of_adapter
+from hpclr.lowrank.interchange import cast_state_dict
 from hpclr.lowrank.kinds import TransposedWeight
 
 LORA = "lora"  # PEFT's, of which hpclr knows the arithmetic alone: W' = W + scale · B A
@@ -61,28 +64,70 @@ def check_adapters(state: Mapping[str, Tensor], adapters: Mapping[str, AdaptedWe
     Raises:
         ValueError: naming the layer, and what does not fit.
     """
+    uses = Counter(key for entry in adapters.values() for key in (entry.weight, *entry.parts.values()))
     for name, entry in adapters.items():
-        missing = [key for key in (entry.weight, *entry.parts.values()) if key not in state]
-        if missing:
-            raise ValueError(f"layer '{name}': expected {', '.join(missing)}, which are not there")
-        if entry.form not in (*FORMS, LORA):
-            raise ValueError(
-                f"layer '{name}': expected an adapter of {', '.join((*FORMS, LORA))}, found {entry.form!r}"
-            )
-        if state[entry.weight].ndim < 2:
-            raise ValueError(
-                f"layer '{name}': expected a matrix or a convolution, found {entry.weight} of one dimension"
-            )
-        m, n = _matrix(state[entry.weight], entry).shape
-        shapes = {part: tuple(state[key].shape) for part, key in entry.parts.items()}
-        fits = _lora_fits(shapes, m, n) if entry.form == LORA else sizes_stored(FORMS[entry.form], shapes, m, n)
-        if not fits:
-            raise ValueError(f"layer '{name}': an adapter ({entry.form}) of {shapes} does not fit a weight of {m}×{n}")
+        if fault := _not_there(state, entry) or _contradiction(state, entry) or _unfit(state, entry):
+            raise ValueError(f"layer '{name}': {fault}")
+        if twice := [key for key in (entry.weight, *entry.parts.values()) if uses[key] > 1]:
+            raise ValueError(f"layer '{name}': {twice[0]} has an adapter, or is part of one, twice")
+    _check_new_names(state, adapters)
+
+
+def _not_there(state: Mapping[str, Tensor], entry: AdaptedWeight) -> str | None:
+    missing = [key for key in (entry.weight, *entry.parts.values()) if key not in state]
+    if missing:
+        return f"expected {', '.join(missing)}, which are not there"
+    if entry.form not in (*FORMS, LORA):
+        return f"expected an adapter of {', '.join((*FORMS, LORA))}, found {entry.form!r}"
+    found = {key: state[key].dtype for key in (entry.weight, *entry.parts.values())}
+    other = [f"{key} of {kind}" for key, kind in found.items() if not kind.is_floating_point]
+    return f"expected real numbers, found {', '.join(other)}" if other else None
+
+
+def _contradiction(state: Mapping[str, Tensor], entry: AdaptedWeight) -> str | None:
+    """What a description says that cannot be of its own form, or of this weight."""
+    dimensions = state[entry.weight].ndim
+    if dimensions < 2:
+        return f"expected a matrix or a convolution, found {entry.weight} of one dimension"
+    if entry.transposed and dimensions != 2:
+        return f"expected a matrix, as it is to be transposed, found {entry.weight} of {dimensions} dimensions"
+    if not isfinite(entry.scale) or (entry.form != LORA and entry.scale != 1):
+        return f"expected {'a finite scale' if entry.form == LORA else 'no scale'}, found {entry.scale!r}"
+    if entry.form != LORA and entry.renamed:
+        return f"expected no other names of its parameters, found {', '.join(entry.renamed.values())}"
+    return None
+
+
+def _unfit(state: Mapping[str, Tensor], entry: AdaptedWeight) -> str | None:
+    m, n = _matrix(state[entry.weight], entry).shape
+    shapes = {part: tuple(state[key].shape) for part, key in entry.parts.items()}
+    fits = _lora_fits(shapes, m, n) if entry.form == LORA else sizes_stored(FORMS[entry.form], shapes, m, n)
+    return None if fits else f"an adapter ({entry.form}) of {shapes} does not fit a weight of {m}×{n}"
+
+
+def _check_new_names(state: Mapping[str, Tensor], adapters: Mapping[str, AdaptedWeight]) -> None:
+    """The names without adapters must be of entries that are there, each of one alone."""
+    inside = set(adapter_names(adapters))
+    names = _new_names(adapters)
+    if unknown := [old for old in names if old not in state or old in inside]:
+        raise ValueError(f"expected other names of weights that are there, found one of {unknown[0]}")
+    counts = Counter(names.get(key, key) for key in state if key not in inside)
+    if twice := [new for new in names.values() if counts[new] > 1]:
+        raise ValueError(f"without adapters two entries would have the name {twice[0]}")
+
+
+def _new_names(adapters: Mapping[str, AdaptedWeight]) -> dict[str, str]:
+    return {old: new for entry in adapters.values() for old, new in (entry.renamed or {}).items()}
 
 
 def adapter_names(adapters: Mapping[str, AdaptedWeight]) -> list[str]:
     """The names in the state dict of all parameters of the adapters."""
     return [key for entry in adapters.values() for key in entry.parts.values()]
+
+
+def looks_adapted(names: Collection[str]) -> list[str]:
+    """Those entries of a state dict that are, by their names, parameters of adapters, of LoRA's too."""
+    return [name for name in names if is_of_adapter(name) or ".lora_A." in name or ".lora_B." in name]
 
 
 def rank_stored(entry: AdaptedWeight, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -108,12 +153,13 @@ def merged_state_dict(state: Mapping[str, Tensor], adapters: Mapping[str, Adapte
     """The state dict of the model without adapters that computes the same; in float64, rounded once.
 
     Raises:
-        ValueError: if state and description do not fit, or the adapters cannot be merged (Mo-SARA).
+        ValueError: if state and description do not fit, the adapters cannot be merged (Mo-SARA), or a merged weight is
+            too large for its type.
     """
     check_adapters(state, adapters)
     by_weight = {entry.weight: entry for entry in adapters.values()}
     inside = set(adapter_names(adapters))
-    names = {old: new for entry in adapters.values() for old, new in (entry.renamed or {}).items()}
+    names = _new_names(adapters)
     return {
         names.get(key, key): _merged(state, by_weight[key]) if key in by_weight else value
         for key, value in state.items()
@@ -133,7 +179,7 @@ def _merged(state: Mapping[str, Tensor], entry: AdaptedWeight) -> Tensor:
         stand_in.weight = nn.Parameter(matrix)
         result = adapt(stand_in, FORMS[entry.form], parts).corrected()
     result = (result.mT if entry.transposed else result).reshape(weight.shape)
-    return result.to(weight.dtype).contiguous()
+    return cast_state_dict({entry.weight: result}, weight.dtype)[entry.weight].contiguous()
 
 
 def _matrix(weight: Tensor, entry: AdaptedWeight) -> Tensor:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpclr.lowrank.factors import LowRankWarning, working_dtype
+from hpclr.lowrank.interchange import cast_state_dict
 from hpclr.lowrank.kinds import WEIGHT, ConvWeight, Kind, LinearWeight, TransposedWeight, kind_of, lowrank_class
 from hpclr.lowrank.layers import LowRankModule, replace_data, under_torch_func
 from hpclr.lowrank.product import CONVOLUTIONS, ConvGeometry, frozen_convolution, is_transformed, pointwise
@@ -51,6 +52,7 @@ class AdaptedModule(nn.Module):
     # what a form says of itself
     label: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]  # names of the parameters that it adds
+    scales: ClassVar[tuple[str, ...]]  # of `trained`, those with one number for each direction or output
     frozen: ClassVar[tuple[str, ...]]
 
     _original: Tensor | None = None  # the base weight while merged, on the host
@@ -167,11 +169,11 @@ class AdaptedModule(nn.Module):
         The base weight waits on the host.
 
         Raises:
-            ValueError: if the form has no W'.
+            ValueError: if the form has no W', or the weight's type no numbers as large as its.
         """
         if self.is_merged:
             return
-        merged = self.from_matrix(self.corrected())
+        merged = cast_state_dict({"W'": self.from_matrix(self.corrected())}, self.weight.dtype)["W'"]
         original = self.weight.detach().to("cpu", copy=True)
         self.weight.copy_(merged)
         self._original = original

@@ -28,6 +28,7 @@ class MoSARALayer(AdaptedModule):
 
     label = "MoSARA"
     trained = ("mo_sara_lambdas", "mo_sara_router_in", "mo_sara_router_out", "mo_sara_scale")
+    scales = trained
     frozen = ("mo_sara_u", "mo_sara_vh")
 
     mo_sara_u: Tensor

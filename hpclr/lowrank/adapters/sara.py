@@ -23,6 +23,7 @@ class SARALayer(AdaptedModule):
 
     label = "SARA"
     trained = ("sara_a", "sara_lambda", "sara_b")
+    scales = ("sara_lambda",)
     frozen = ()
 
     sara_a: Tensor

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +41,14 @@ class Adaptable:
     head: WeightSite | None
 
 
-def adaptable(
-    model: nn.Module,
-    *,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    max_aspect: float = float("inf"),
-    keep_first: bool = False,
-    keep_last: bool = False,
-) -> Adaptable:
+def adaptable(model: nn.Module, *, keep_last: bool = False, **choice: Any) -> Adaptable:
     """Finds the layers that can have an adapter: nn.Linear, Hugging Face's Conv1D and convolutions of one group.
 
     Arguments, errors and reasons are those of `hpclr.lowrank.select`, but that it does not matter whether a weight is
     frozen: under an adapter it will be. Layers that have one count as eligible.
     """
-    names: dict[str, Any] = {"include": include, "exclude": exclude}
     with _as_if_trained(model):
-        chosen = select(model, **names, max_aspect=max_aspect, keep_first=keep_first, keep_last=keep_last)
+        chosen = select(model, keep_last=keep_last, **choice)
         head = _kept_last(model) if keep_last else None
     reasons = {site.name: reason for site in chosen.candidates if (reason := _why_not(site))}
     left_alone = {name: reasons.get(name, reason) for name, reason in chosen.left_alone.items()} | reasons
@@ -186,19 +177,39 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: naming the first three differences, if the adapters do not fit the model, or the model has others
-            beside them; the model is not changed then.
+            beside them, or their numbers are not finite in its type; the model is not changed then.
     """
-    stored, unknown = _by_layer(state)
-    _, differences = _planned(model, stored)
-    spare = [
-        f"layer '{path}' has an adapter, and none is stored" for path, _ in adapted_modules(model) if path not in stored
-    ]
-    _refuse([f"'{name}' is no parameter of an adapter" for name in unknown] + differences + spare)
+    _refuse(adapter_differences(model, state))
     shape_model_like_adapters(model, state)
     unmerge_adapters(model)
     with torch.no_grad():
         for name, value in state.items():
             model.get_parameter(name).copy_(value)
+
+
+def adapter_differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """All that keeps `load_adapter_state_dict` from loading a state dict into a model."""
+    stored, unknown = _by_layer(state)
+    planned, differences = _planned(model, stored)
+    faults = [
+        unsound(key, state[key], cast(Tensor, model.get_submodule(path).weight))
+        for path in planned
+        for key in (f"{path}.{name}" if path else name for name in stored[path].shapes)
+    ]
+    spare = [
+        f"layer '{path}' has an adapter, and none is stored" for path, _ in adapted_modules(model) if path not in stored
+    ]
+    other = [f"'{name}' is no parameter of an adapter" for name in unknown]
+    return other + differences + [fault for fault in faults if fault] + spare
+
+
+def unsound(name: str, value: Tensor, like: Tensor) -> str | None:
+    """Why an entry of a file cannot be the contents of a model's tensor whose shape it has; None if it can."""
+    own = str(like.dtype).removeprefix("torch.")
+    if value.is_complex() != like.is_complex() or value.is_floating_point() != like.is_floating_point():
+        return f"'{name}' is {str(value.dtype).removeprefix('torch.')}, in the model {own}"
+    bad = int((~value.to(like.dtype).isfinite()).sum())
+    return f"{bad} of the {value.numel()} numbers of '{name}' are not finite as {own}" if bad else None
 
 
 def _by_layer(state: Mapping[str, Any]) -> tuple[dict[str, _Stored], list[str]]:
@@ -256,8 +267,13 @@ def _blank(module: nn.Module, entry: _Stored) -> dict[str, Tensor]:
 
 def _refuse(differences: Sequence[str]) -> None:
     if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"the adapters do not fit the model: {'; '.join(differences[:3])}{more}. Load them into the model on which "
-            "they were trained"
+            f"the adapters do not fit the model: {first_three(differences)}. Load them into the model on which they "
+            "were trained"
         )
+
+
+def first_three(differences: Sequence[str]) -> str:
+    """For a message: three of them, and how many more there are."""
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return f"{'; '.join(differences[:3])}{more}"

@@ -1,0 +1,44 @@
+"""The state of LoRA: what must be the same when it is loaded."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpclr.config.schema import Lora
+from hpclr.training.lora import LoRA
+
+SETTINGS = {"rank": 3, "alpha": 6.0, "dropout": 0.1, "train": ("0.bias",)}
+
+
+def method(**changed):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3))
+    return LoRA(model, torch.optim.SGD(model.named_parameters(), 0.1), Lora(**(SETTINGS | changed)), 0)
+
+
+def test_its_own_state_loads():
+    method().load_state_dict(method().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rank": 2}, "another model or other settings: layers 0, 1 differ"),
+        ({"rank": 4}, "another model or other settings: layers 0, 1 differ"),
+        ({"alpha": 3.0}, "it was saved with settings .*'alpha': 3.0.*, not .*'alpha': 6.0"),
+        ({"dropout": 0.0}, "it was saved with settings"),
+        ({"train": ()}, "it was saved with trained"),
+        ({"exclude": ("1",)}, "layers 1 differ"),
+    ],
+)
+def test_other_settings_are_refused(changed, said):
+    with pytest.raises(ValueError, match=said):
+        method().load_state_dict(method(**changed).state_dict())
+
+
+def test_names_in_the_groups_follow():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
+    LoRA(model, optimizer, Lora(rank=2), 0)
+    (group,) = optimizer.param_groups
+    named = dict(model.named_parameters())
+    assert [id(named[name]) for name in group["param_names"]] == [id(p) for p in group["params"]]
