@@ -37,11 +37,13 @@ def watch(run: Path, once: bool, interval: float) -> None:
     if once:
         watched.look()
         console.print(watched.view)
+        watched.complain()
         return
     try:
         _follow(watched, console, interval)
     except KeyboardInterrupt:  # how one leaves; the run goes on
         raise SystemExit(130) from None
+    watched.complain()
 
 
 class _Watched:
@@ -62,6 +64,13 @@ class _Watched:
         while self.view.read(self._tail):
             pass
         return self.view.going
+
+    def complain(self) -> None:
+        """Prints why the run has failed, if it has."""
+        from hpclr.output import on_one_line
+
+        if self._status.complaint is not None:
+            click.echo(on_one_line(self._status.complaint))
 
     def _look_at_state(self) -> None:
         if time.monotonic() >= self._until:
@@ -85,11 +94,11 @@ class _Watched:
 
 def _follow(watched: _Watched, console: "Console", interval: float) -> None:
     """Until nothing is at work on the run any more; what was there last stays on the terminal."""
-    if not console.is_terminal:
+    from hpclr.track.screen import can_renew, live
+
+    if not can_renew(console):
         _print_lines(watched, interval)
         return
-    from hpclr.track.screen import live
-
     watched.look()
     shown = live(watched.view, console, whole_screen=True)
     try:

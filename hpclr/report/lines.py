@@ -116,7 +116,9 @@ def line_plot(
     right = WIDTH - names_width(line.name for line in drawn)
     bottom = _HEIGHT - BOTTOM
     shown = [(line, thinned(line.points, _COLUMNS)) for line in drawn]
-    x = axis_over([line.points[end][0] for line in drawn for end in (0, -1)], _LEFT, right, from_zero=True)
+    ends_of_x = [line.points[end][0] for line in drawn for end in (0, -1)]
+    whole = all(float(value).is_integer() for value in ends_of_x)  # steps
+    x = axis_over(ends_of_x, _LEFT, right, from_zero=True, whole=whole)
     y = axis_over(
         [*(value for _, points in shown for _, value in points), *([] if guide is None else [guide])], bottom, TOP,
         may_be_logarithmic=not from_zero, from_zero=from_zero, margin=0.03,

@@ -54,7 +54,7 @@ def _warnings(runs: Sequence[Run]) -> Markup | None:
     """What could not be read; the rest is drawn."""
     faults = [fault for run in runs for fault in run.faults]
     faults += [
-        f"{run.name}: {run.records.not_finite:,} losses are not finite and are not drawn"
+        f"{run.name}: losses that are not finite, and not drawn: {run.records.not_finite:,}"
         for run in runs
         if run.records.not_finite
     ]

@@ -215,7 +215,8 @@ def _state(run: Path) -> str:
     of = f" of {progress.steps:,}" if progress.steps else ""
     step = f"step {progress.step or 0:,}{of}"
     if progress.outcome is not None:
-        return f"{step}; the last attempt has ended ({progress.outcome.name})"
+        why = f": {progress.outcome.message}" if progress.outcome.is_failure else ""
+        return f"{step}; the last attempt has ended ({progress.outcome.name}){why}"
     if progress.silence is None:
         return step
     return f"{step}; last sign of life {progress.silence:,.0f} s ago"

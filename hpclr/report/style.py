@@ -53,7 +53,7 @@ table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tab
 th, td { padding: 0.28rem 0.9rem 0.28rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 td { white-space: nowrap; }
-td.text { white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
+td.text { white-space: normal; min-width: 9rem; max-width: 20rem; overflow-wrap: anywhere; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--quiet); min-width: 7rem; max-width: 16rem;
   overflow-wrap: anywhere; }
 tbody th { text-align: left; font-weight: 400; color: var(--quiet); white-space: nowrap; position: sticky; left: 0;
@@ -66,7 +66,7 @@ th:first-child { text-align: left; }
 #summary > figure { flex: 1 1 24rem; max-width: 36rem; margin-top: 0.5rem; }
 details { margin: 0.8rem 0; }
 summary { cursor: pointer; color: var(--quiet); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 31rem), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 0.75rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
   min-width: 0; }
 figure svg { width: 100%; height: auto; display: block; }
@@ -77,7 +77,9 @@ figcaption a { color: var(--c0); margin-right: 0.75rem; white-space: nowrap; }
   figure { break-inside: avoid; background: none; }
   h2 { break-after: avoid; }
   .scroll { overflow: visible; }
+  figcaption { font-size: 7.5pt; }
   figcaption a { display: none; }
+  tbody th { position: static; background: none; }
   .plots { grid-template-columns: 1fr 1fr; }
 }
 """

@@ -15,6 +15,7 @@ from hpclr.output import say
 from hpclr.track.records import Record, Tail, record_of
 
 LAST_WAIT = 10.0  # seconds that the end of a run waits for all sinks together
+LATER_WAIT = 600.0  # likewise if nobody trains: a finished run that is started once more
 _INTERVAL = 2.0  # seconds from one look at the file to the next
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds from a failure to the next try; each time twice as long
 _AT_ONCE = 100  # records
@@ -36,18 +37,19 @@ class Sink(Protocol):
 
 
 @contextmanager
-def followed(metrics: Path, sinks: Mapping[str, Callable[[], Sink]]) -> Iterator[None]:
+def followed(metrics: Path, sinks: Mapping[str, Callable[[], Sink]], *, finished: bool = False) -> Iterator[None]:
     """Has sinks follow a metrics file while the block goes on, and for a moment after it.
 
     Args:
         metrics: the file; it is only added to in the meantime.
         sinks: what people call each, and what opens it; called in the sink's own thread.
+        finished: whether nobody trains any more, so that there is time for what the sinks have missed.
     """
     followers = [_Follower(metrics, name, sink) for name, sink in sinks.items()]
     try:
         yield
     finally:
-        end = time.monotonic() + LAST_WAIT
+        end = time.monotonic() + (LATER_WAIT if finished else LAST_WAIT)
         for follower in followers:
             follower.ending.set()
         for follower in followers:
@@ -68,7 +70,7 @@ class _Follower:
         """Waits until the sink has taken all, or this time (monotonic seconds) has come."""
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            self._warn("it does not take the last records in time")
+            self._warn("it does not take the last records in time", "Starting the run again gives it what it lacks")
 
     def _work(self) -> None:
         pause = _FIRST_PAUSE
@@ -101,14 +103,14 @@ class _Follower:
 
     def _hand_over(self, lines: list[bytes], sink: Sink) -> None:
         for first in range(0, len(lines), _AT_ONCE):
-            began = time.perf_counter()
+            began = time.thread_time()  # waiting for a server takes nothing from the training
             found = map(record_of, lines[first : first + _AT_ONCE])
             sink.write([record for record in found if record is not None])
-            self.ending.wait(_REST * (time.perf_counter() - began))
+            self.ending.wait(_REST * (time.thread_time() - began))
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, what: str, then: str = "Training goes on") -> None:
         """Once."""
         if not self._warned:
             self._warned = True
             what, records = what.rstrip("."), self._metrics.name
-            say(f"hpclr: warning: {self._name}: {what}. Training goes on, and {records} has all records.")
+            say(f"hpclr: warning: {self._name}: {what}. {then}, and {records} has all records.")

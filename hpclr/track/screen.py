@@ -8,6 +8,11 @@ from rich.segment import ControlType
 _A_SECOND = 4
 
 
+def can_renew(console: Console) -> bool:
+    """Whether it is a terminal on which lines can be written anew."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def live(view: RenderableType, console: Console, *, whole_screen: bool = False) -> Live:
     """Shows a view that changes; call `start` and `stop`.
 

@@ -36,6 +36,26 @@ def test_all_values_are_on_the_axis_and_its_ticks_are_in_its_range(values, logar
     assert all(19.9 <= axis.at(tick) <= 300.1 for tick in axis.ticks())
 
 
+@pytest.mark.parametrize("value", [0.97, 0.03, 2.3, -40.0, 8970.0])
+def test_the_axis_of_a_single_value_is_about_as_it(value):
+    axis = axis_over([value, value], 300.0, 20.0, margin=0.03)
+    assert axis.at(value) == pytest.approx(160)
+    assert axis.high - axis.low == pytest.approx(0.106 * abs(value))
+    assert len(axis.ticks()) >= 2
+
+
+@given(st.integers(0, 10**7), st.integers(1, 10**7))
+def test_there_are_no_parts_of_steps(low, more):
+    ticks = axis_over([low, low + more], 0.0, 1.0, whole=True).ticks()
+    assert ticks
+    assert all(tick.is_integer() for tick in ticks)
+
+
+def test_a_run_of_a_step_or_two_has_whole_steps_below_it():
+    plot = line_plot(Words("n", "t", "step"), [Line("a", [(1, 0.5), (2, 0.6)])])
+    assert "0.5</text>" not in plot.svg.partition("step</text>")[0]
+
+
 def test_a_logarithmic_axis_has_powers_of_ten():
     assert Axis(1e-3, 10.0, 0, 100, logarithmic=True).ticks() == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
 

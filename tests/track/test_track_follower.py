@@ -104,11 +104,48 @@ def test_what_is_caught_up_on_leaves_time_for_others(tmp_path, monkeypatch):
         def write(self, records: Sequence[Record]) -> None:
             kept.write(records)
             written.append(time.monotonic())
-            time.sleep(0.1)
+            end = time.thread_time() + 0.1
+            while time.thread_time() < end:
+                pass
 
     with followed(path, {"it": Slow}):
         eventually(lambda: len(written) == 2)
     assert written[1] - written[0] >= 0.5
+
+
+def test_waiting_for_a_server_is_no_work_to_rest_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(follower, "_REST", 100.0)
+    path, written = write(tmp_path / "metrics.jsonl", *map(train, range(1, 401))), []
+
+    class Waiting(Kept):
+        def write(self, records: Sequence[Record]) -> None:
+            time.sleep(0.1)
+            written.append(time.monotonic())
+
+    with followed(path, {"it": Waiting}):
+        eventually(lambda: len(written) == 4)
+    assert written[-1] - written[0] < 5
+
+
+def test_a_finished_run_has_time_for_what_is_missed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(follower, "LAST_WAIT", 0.05)
+    path = write(tmp_path / "metrics.jsonl", train(1))
+
+    class Slow(Kept):
+        def write(self, records: Sequence[Record]) -> None:
+            time.sleep(0.5)
+            super().write(records)
+
+    kept = Slow()
+    with followed(path, {"it": lambda: kept}):
+        pass
+    assert "Starting the run again gives it what it lacks" in capsys.readouterr().err
+    kept = Slow()
+    with followed(path, {"it": lambda: kept}, finished=True):
+        pass
+    assert kept.steps == [1]
+    assert kept.closed
+    assert capsys.readouterr().err == ""
 
 
 def test_no_sinks_no_threads(tmp_path: Path):

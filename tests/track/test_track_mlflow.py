@@ -4,7 +4,9 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from track_helpers import train, write
@@ -61,6 +63,48 @@ def test_a_longer_run_goes_on_there(bench, uri):
     bench.train(train={"steps": 8}, track={"mlflow": {"uri": uri}})
     ((_, metrics),) = logged(uri)
     assert [metric.step for metric in metrics["train/loss"]] == list(range(1, 9))
+
+
+def test_what_was_not_told_is_told_when_a_finished_run_is_started_again(bench, uri, monkeypatch):
+    monkeypatch.setattr(follower, "LAST_WAIT", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    bench.train(train={"steps": 5}, track={"mlflow": {"uri": "http://127.0.0.1:9"}})
+    done = hpclr("train", bench.write(train={"steps": 5}, track={"mlflow": {"uri": uri}}))
+    assert "this run is finished" in done.err
+    ((there, metrics),) = logged(uri)
+    assert there.info.status == "FINISHED"
+    assert [metric.step for metric in metrics["train/loss"]] == list(range(1, 6))
+    assert "test/accuracy" in metrics
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Of a server that has one run, which lacks everything."""
+
+    def do_GET(self) -> None:
+        info = {"run_id": "r", "status": "RUNNING", "lifecycle_stage": "active", "experiment_id": "0"}
+        content = json.dumps({"experiment": {"experiment_id": "0"}, "run": {"info": info, "data": {}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *words: object) -> None:
+        """Nothing."""
+
+
+def test_standard_output_is_for_the_run_directory_alone(bench):
+    """MLflow prints addresses there when a run of a server ends."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        done = hpclr("train", bench.write(train={"steps": 5}, track={"mlflow": {"uri": uri}}))
+        server.shutdown()
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+    assert done.out.split() == ["runs/run"]
 
 
 def sink(tmp_path, uri: str):

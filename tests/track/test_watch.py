@@ -35,13 +35,13 @@ def run(tmp_path) -> Path:
 class Terminal:
     """A terminal in which a command runs."""
 
-    def __init__(self, *command: object, columns: int = 80, rows: int = 24) -> None:
+    def __init__(self, *command: object, columns: int = 80, rows: int = 24, kind: str = "xterm-256color") -> None:
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self.raw = b""
         self._ours, theirs = pty.openpty()
         self.resize(columns, rows)
-        environment = os.environ | {"TERM": "xterm-256color"}
+        environment = os.environ | {"TERM": kind}
         environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hpclr", *map(str, command)],
@@ -171,6 +171,30 @@ def test_lines_where_there_is_no_terminal(run):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.stdout.read() == ""
+
+
+def test_lines_on_a_terminal_that_cannot_go_back(run, terminal):
+    with locked(run):
+        shown = terminal("watch", run, "--interval", "0.1", kind="dumb")
+        eventually(lambda: any("step 32/100" in line for line in shown.lines()))
+    assert shown.wait() == 0
+    assert b"\x1b" not in shown.raw
+
+
+@pytest.mark.parametrize("options", [[], ["--once"]], ids=["to its end", "once"])
+def test_a_run_that_has_failed_says_why(run, options):
+    outcome = {
+        "code": 1,
+        "outcome": "failed",
+        "message": "the loss of step 33 is nan",
+        "rank": 0,
+        "host": "a",
+        "step": 32,
+    }
+    (run / "logs" / "attempt-01" / "exit.json").write_text(json.dumps(outcome))
+    done = hpclr("watch", run, *options)
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "the loss of step 33 is nan"
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 10), (20, 4)])
