@@ -5,8 +5,12 @@
 The Trainer makes the optimiser, loads checkpoints and steps; a callback is told when it has. On resuming it loads the
 weights before there is an optimiser, and the optimiser's state before any callback hears of it: factors therefore wait
 (`DeferredWeights`), and the method's state travels within the optimiser's, in the first parameter group.
+
+Adapters (SARA, Mo-SARA, EDoRA) have nothing to do in a step and need no callback: give the model its adapters before
+the Trainer is made, also of one that resumes.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +48,12 @@ class HuggingFaceCallback(TrainerCallback):
         method: the OIALR at work; None before training.
 
     Raises:
-        UsageError: if transformers is missing, for several processes or devices, or for a checkpoint that cannot be
-            resumed from.
+        UsageError: if transformers is missing, for settings that OIALR has not, for several processes or devices, or
+            for a checkpoint that cannot be resumed from.
     """
 
     def __init__(self, *, dense_at_end: bool = False, **settings: Any) -> None:
+        _refuse_other_settings(settings)
         self.method: OIALR | None = None
         self._dense_at_end, self._settings = dense_at_end, settings
         self._deferred: DeferredWeights | None = None
@@ -150,6 +155,14 @@ def _refuse_lost(weights: DeferredWeights, saved: Mapping[str, Any] | None) -> N
         raise UsageError(
             "a checkpoint cannot be resumed into a model that has been evaluated with factors loaded before: it has "
             "their form already. Resume with a new model, Trainer and callback."
+        )
+
+
+def _refuse_other_settings(settings: Mapping[str, Any]) -> None:
+    if others := settings.keys() - inspect.signature(OIALR).parameters:
+        raise UsageError(
+            f"HuggingFaceCallback takes the settings of hpclr.OIALR, found {', '.join(sorted(others))}. Adapters need "
+            "no callback: give the model its adapters, with hpclr.SARA(model, …), before the Trainer is made"
         )
 
 

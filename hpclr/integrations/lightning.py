@@ -22,7 +22,8 @@ from hpclr.errors import UsageError
 from hpclr.integrations.deferred import DeferredWeights, shaped_as_loaded
 from hpclr.integrations.metrics import Metrics
 from hpclr.lowrank import Change, densify
-from hpclr.methods import OIALR, Method
+from hpclr.lowrank.adapters import remove_adapters
+from hpclr.methods import OIALR, Method, MoSARA
 from hpclr.parallel.group import Group
 from hpclr.parallel.placement import Rank0
 
@@ -45,9 +46,10 @@ class LightningCallback(Callback):
     optimiser, and automatic optimisation.
 
     Args:
-        method: the class: `hpclr.OIALR`, `SVDTraining`, `Truncate`, `FixedRank` or `Cuttlefish`. Its penalty, if it has
-            one, is added to the gradients before they are clipped.
-        dense_at_end: make the model dense again when fitting has ended. Checkpoints hold factors in any case.
+        method: the class: `hpclr.OIALR`, `SVDTraining`, `Truncate`, `FixedRank`, `Cuttlefish`, `SARA`, `MoSARA` or
+            `EDoRA`. Its penalty, if it has one, is added to the gradients before they are clipped.
+        dense_at_end: make the model dense again when fitting has ended, adapters merged. Checkpoints hold factors and
+            adapters in any case.
         settings: of the method; steps may be fractions of `trainer.estimated_stepping_batches`, where that is finite.
 
     Attributes:
@@ -59,6 +61,8 @@ class LightningCallback(Callback):
     """
 
     def __init__(self, method: Callable[..., Method] = OIALR, *, dense_at_end: bool = False, **settings: Any) -> None:
+        if dense_at_end and method is MoSARA:
+            raise UsageError("LightningCallback: Mo-SARA cannot be merged, so that dense_at_end does not go with it")
         self.method: Method | None = None
         self._class, self._dense_at_end, self._settings = method, dense_at_end, settings
         self._deferred: DeferredWeights | None = None
@@ -136,7 +140,7 @@ class LightningCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the model dense, if asked to."""
         if self._dense_at_end:
-            densify(pl_module)
+            remove_adapters(densify(pl_module), merge=True)
 
     def _note(self, change: Change) -> None:
         self._changed = True
