@@ -1,6 +1,6 @@
 """hpclr: training neural networks whose weights become low-rank, on one machine or a whole cluster.
 
-from hpclr import OIALR, SVDTraining, Truncate, FixedRank, Cuttlefish, SARA, MoSARA, EDoRA
+from hpclr import OIALR, SVDTraining, Truncate, FixedRank, Cuttlefish, Nested, SARA, MoSARA, EDoRA
 
 `import hpclr` is quick; torch is loaded when a name from here is first used.
 """
@@ -11,7 +11,7 @@ from hpclr.version import __version__
 
 if TYPE_CHECKING:
     from hpclr.lowrank import EMA, densify, factorize, rank_rule, stability, summarize
-    from hpclr.methods import OIALR, SARA, Cuttlefish, EDoRA, FixedRank, MoSARA, SVDTraining, Truncate
+    from hpclr.methods import OIALR, SARA, Cuttlefish, EDoRA, FixedRank, MoSARA, Nested, SVDTraining, Truncate
     from hpclr.training.adapter_files import load_adapter, save_adapter
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EDoRA",
     "FixedRank",
     "MoSARA",
+    "Nested",
     "SVDTraining",
     "Truncate",
     "__version__",

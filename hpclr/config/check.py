@@ -11,7 +11,7 @@ import msgspec
 
 from hpclr.config import describe
 from hpclr.config.describe import Kind, show
-from hpclr.config.schema import RunFile
+from hpclr.config.schema import RunFile, Section
 from hpclr.config.yaml12 import Document, Path
 from hpclr.errors import UsageError
 
@@ -78,6 +78,8 @@ class _Checker:
 
     def construct(self, kind: Kind, values: dict[str, Any], path: Path) -> Any:
         try:
+            if issubclass(kind, Section):
+                kind.check_given(values)
             return kind(**values)
         except ValueError as error:  # a fault between keys
             return self.fault(path, str(error))

@@ -55,6 +55,8 @@ def differences(stored: RunFile, asked: RunFile) -> list[str]:
 
 
 def _differences(section: str, stored: Any, asked: Any) -> list[str]:
+    if section in FREE:
+        return []
     if type(stored) is not type(asked):  # another kind of model, schedule or method
         return [_line((section,), *(getattr(kind, kind.__struct_fields__[0]) for kind in (stored, asked)))]
     before, now = (leaves(msgspec.to_builtins(values), (section,)) for values in (stored, asked))

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from hpclr.config import describe
-from hpclr.config.schema import RunFile
+from hpclr.config.schema import RunFile, Section
 from hpclr.files import write_whole
 
 
@@ -42,7 +42,18 @@ def _section(kind: describe.Kind, among: int) -> dict[str, Any]:
         "properties": {name: _key(field) for name, field in fields.items()},
         "required": needed,
         "additionalProperties": False,
+        **_alternatives(kind),
     }
+
+
+def _alternatives(kind: describe.Kind) -> dict[str, Any]:
+    """That some keys must be there unless another is true."""
+    unless = kind.needed_unless if issubclass(kind, Section) else {}
+    either = [
+        {"anyOf": [{"required": list(keys)}, {"properties": {switch: {"const": True}}, "required": [switch]}]}
+        for switch, keys in unless.items()
+    ]
+    return {"allOf": either} if either else {}
 
 
 def _key(field: msgspec.structs.FieldInfo) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpclr.config import describe, yaml12
-from hpclr.config.schema import RunFile
+from hpclr.config.schema import OIALR_AUTO, RunFile
 from hpclr.config.yaml12 import Document, Path
 from hpclr.errors import UsageError
 
@@ -54,8 +54,8 @@ def parse(text: str) -> Override:
 def apply(document: Document, texts: Sequence[str]) -> Document:
     """The document with every override laid over it, the last one on top.
 
-    Where an override changes what a section is (`method.name=dense`), the document's own keys that mean
-    nothing there any more are dropped first. An override below a plain value turns it into a section.
+    Where an override changes what a section is (`method.name=dense`, `method.auto=true`), the document's own keys
+    that mean nothing there any more are dropped first. An override below a plain value turns it into a section.
 
     Raises:
         UsageError: An override has not the right form, or the document has no sections.
@@ -108,6 +108,8 @@ def _still_valid(above: list[str], section: dict[str, Any], key: str, value: Any
     """The keys of `section` that stay when its `key` becomes `value`."""
     if above == ["optimizer"] and key == "name":
         return _valid_for_optimizer(section, str(value).lower())
+    if above == ["method"] and key == "auto" and value is True:
+        return section.keys() - OIALR_AUTO.keys()
     kinds = _kinds(above)
     new = describe.choose(kinds, {key: value}) if len(kinds) > 1 else None
     if new is None or new is describe.choose(kinds, section):

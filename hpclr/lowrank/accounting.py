@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpclr.lowrank.adapters import AdaptedModule, adapted_modules, remove_adapters
 from hpclr.lowrank.convert import densify
 from hpclr.lowrank.sites import WeightSite, select
+from hpclr.lowrank.svd_layers import TrainedFactors
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def count_training_flops(
     """The same of a forward pass and the backward pass to the gradients of all that is trained.
 
     Counted on a copy in evaluation mode, since nothing may be drawn or sent to other processes for it; what a model
-    does in training mode only is not in the count.
+    does in training mode only is not in the count, but that nested layers take a part of their directions.
 
     Args:
         model: dense or with factored layers.
@@ -213,6 +214,9 @@ def count_training_flops(
     twin = meta_copy(model).eval()
     if dense:
         (dense_form or made_dense)(twin)
+    for layer in twin.modules():
+        if isinstance(layer, TrainedFactors) and layer.leading:
+            layer.training = True  # where it takes a part of its directions
     return _counted(lambda: loss(twin).backward())
 
 

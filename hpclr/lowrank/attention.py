@@ -72,7 +72,7 @@ class LowRankAttention(AttentionWeights):
             return tuple(self._one_projection(x, slot, bias) for x, slot, bias in triples)
         if not self.is_lowrank(in_proj):
             return self._dense_projections(query, key, value)
-        packed = self.factors(in_proj)
+        packed = self.factors_in_use(in_proj)
         project = self.arithmetic.linear
         if query is key and key is value:
             return project(query, packed, self.in_proj_bias).chunk(3, -1)
@@ -91,7 +91,7 @@ class LowRankAttention(AttentionWeights):
 
     def _one_projection(self, x: Tensor, slot: Slot, bias: Tensor | None) -> Tensor:
         if self.is_lowrank(slot):
-            return self.arithmetic.linear(x, self.factors(slot), bias)
+            return self.arithmetic.linear(x, self.factors_in_use(slot), bias)
         return F.linear(x, self.dense_weight(slot), bias)
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:

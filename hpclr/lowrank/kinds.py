@@ -31,7 +31,7 @@ class LowRankLinear(LinearWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        return self.arithmetic.linear(x, self.factors(self.slots[0]), self.bias)
+        return self.arithmetic.linear(x, self.factors_in_use(self.slots[0]), self.bias)
 
 
 class TransposedWeight(LowRankModule):
@@ -89,7 +89,7 @@ class LowRankConv(ConvWeight):
             x = F.pad(x, self._reversed_padding_repeated_twice)
             padding = (0,) * len(self.kernel_size)
         geometry = ConvGeometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        return self.arithmetic.convolution(x, self.factors(self.slots[0]), self.bias, geometry)
+        return self.arithmetic.convolution(x, self.factors_in_use(self.slots[0]), self.bias, geometry)
 
 
 class Kind(NamedTuple):

@@ -77,13 +77,20 @@ class LowRankModule(nn.Module):
             _refreeze(u, vh, type(self).__name__)
         return Factors(u, sigma, vh)
 
+    def factors_in_use(self, slot: Slot) -> Factors:
+        """Those that a forward pass multiplies by: all of them, but in training a method may leave some out."""
+        return self.factors(slot)
+
+    def take_all(self, slot: Slot) -> None:
+        """Has forward passes multiply by all factors of a slot again."""
+
     def dense_weight(self, slot: Slot) -> Tensor:
         """The weight as its class knows it; a differentiable function of what is trained of its factors."""
         if not self.is_lowrank(slot):
             weight = self._parameters[slot.weight]
             assert weight is not None
             return weight
-        return self.from_matrix(self.arithmetic.dense(self.factors(slot)), slot)
+        return self.from_matrix(self.arithmetic.dense(self.factors_in_use(slot)), slot)
 
     def extra_repr(self) -> str:
         """What the class prints of itself, and the ranks."""
@@ -225,8 +232,9 @@ def uninstall(layer: LowRankModule, slot: Slot) -> None:
     assert core is not None
     refuse_shards(core)
     with torch.no_grad():
-        weight = layer.dense_weight(slot).contiguous()
+        weight = layer.from_matrix(layer.arithmetic.dense(layer.factors(slot)), slot).contiguous()
     core.requires_grad_(any(factor.requires_grad for factor in layer.factors(slot)))
+    layer.take_all(slot)
     rename(layer, {u_name: {}, sigma_name: {slot.weight: core}, vh_name: {}})
     replace_data(core, weight)
 

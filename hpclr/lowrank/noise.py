@@ -133,6 +133,20 @@ def outlier(strength: float, shape: tuple[int, int]) -> Outlier:
     return Outlier(math.sqrt((square + m) * (square + n) / square), common / (square + m), common / (square + n))
 
 
+def strength(value: float, shape: tuple[int, int]) -> float:
+    """Return the singular value of the signal that shows as this one: the inverse of `outlier`; 0 within the bulk.
+
+    Args:
+        value: the singular value y that is seen, in units of the noise.
+        shape: (m, n) of the matrix.
+    """
+    m, n = shape
+    if value <= bulk(shape)[1]:
+        return 0.0
+    twice = value**2 - m - n
+    return math.sqrt((twice + math.sqrt(twice**2 - 4 * m * n)) / 2)
+
+
 def shrunk(singular_values: Tensor, shape: tuple[int, int], noise: float) -> Tensor:
     """Return the singular values that bring a noisy matrix closest to its signal in the Frobenius norm.
 

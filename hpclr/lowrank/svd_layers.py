@@ -15,7 +15,9 @@ Through the factors or with W rebuilt, whichever takes fewer operations. Either 
 the forward pass, so that the choice is the same with one and without.
 """
 
+from collections.abc import Iterator, Mapping
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,24 @@ def dense(factors: Factors) -> Tensor:
     """W (m×n) as a differentiable function of all three."""
     u, s, vh = factors
     return (u * s) @ vh if u.shape[0] <= vh.shape[1] else u @ (s[:, None] * vh)
+
+
+def leading_part(factors: Factors, held: int, k: int) -> Factors:
+    """The first k directions, of which the first `held` get no gradient; those after them get one of zero."""
+    u, s, vh = (factor if factor.shape[dim] == k else factor.narrow(dim, 0, k) for factor, dim in _directions(factors))
+    if held == 0:
+        return Factors(u, s, vh)
+    return Factors(
+        *(
+            torch.cat([part.narrow(dim, 0, held).detach(), part.narrow(dim, held, k - held)], dim)
+            for part, dim in _directions(Factors(u, s, vh))
+        )
+    )
+
+
+def _directions(factors: Factors) -> Iterator[tuple[Tensor, int]]:
+    """Each factor with the dimension along which directions count."""
+    return zip(factors, (1, 0, 0), strict=True)
 
 
 def cheaper(*, through: int, rebuilt: int) -> bool:
@@ -104,10 +124,25 @@ class TrainedFactors(LowRankModule):
     trains_bases = True
     arithmetic = Arithmetic(dense, linear, convolution)
 
+    leading: Mapping[str, tuple[int, int]] = MappingProxyType({})  # stem of a slot → what `leading_part` takes
+
     @staticmethod
     def core_of(s: Tensor) -> Tensor:
         """The singular values as they are."""
         return s
+
+    def factors_in_use(self, slot: Slot) -> Factors:
+        """In training the leading directions alone, where `leading` says so."""
+        factors, part = self.factors(slot), self.leading.get(slot.stem) if self.training else None
+        return factors if part is None else leading_part(factors, *part)
+
+    def take_leading(self, slot: Slot, held: int, k: int) -> None:
+        """Has forward passes of training multiply by the first k directions, of which `held` get no gradient."""
+        self.leading = {**self.leading, slot.stem: (held, k)}
+
+    def take_all(self, slot: Slot) -> None:
+        """Has them multiply by all directions again."""
+        self.leading = {stem: part for stem, part in self.leading.items() if stem != slot.stem}
 
 
 def _with_diagonal(mixin: type[LowRankModule]) -> tuple[Slot, ...]:

@@ -5,6 +5,7 @@ from hpclr.methods.cuttlefish import Cuttlefish
 from hpclr.methods.edora import EDoRA
 from hpclr.methods.fixed_rank import FixedRank
 from hpclr.methods.mo_sara import MoSARA
+from hpclr.methods.nested import Nested
 from hpclr.methods.oialr import OIALR
 from hpclr.methods.placement import Here, Outcome, Placement
 from hpclr.methods.sara import SARA
@@ -21,6 +22,7 @@ __all__ = [
     "Here",
     "Method",
     "MoSARA",
+    "Nested",
     "Outcome",
     "Placement",
     "SVDTraining",

@@ -14,7 +14,7 @@ from hpclr.methods.schedule import is_number
 
 
 def check_settings(
-    every: float,
+    every: float | None,
     layer_fraction: float,
     max_cut: float,
     min_rank: float,
@@ -78,6 +78,31 @@ def check_cuttlefish_settings(
     _finite("flatness", flatness)
     _check_frobenius_decay(frobenius_decay)
     check_layer_settings(min_rank, max_aspect)
+
+
+def check_nested_settings(
+    fractions: Sequence[float],
+    weights: Sequence[float] | None,
+    nesting: str,
+    draw: str,
+    frobenius_decay: float | None,
+    max_aspect: float,
+) -> None:
+    """Raises ValueError for the first of the settings of nesting that is out of range."""
+    if len(set(fractions)) != len(fractions) or not fractions:
+        raise ValueError(f"fractions must be one or more different shares, found {fractions!r}")
+    for fraction in fractions:
+        _number("fractions", fraction, lambda x: 0 < x <= 1, "shares of the smaller side in (0, 1]")
+    for weight in weights or ():
+        _number("weights", weight, lambda x: 0 < x < inf, "finite numbers above 0")
+    if weights is not None and len(weights) != len(fractions):
+        raise ValueError(
+            f"weights must be as many as fractions, one for each: found {len(weights)} and {len(fractions)}"
+        )
+    _one_of("nesting", nesting, ("joint", "sequential"))
+    _one_of("draw", draw, ("model", "layer"))
+    _check_frobenius_decay(frobenius_decay)
+    _check_max_aspect(max_aspect)
 
 
 def check_measurements(window: int, every: int, delay: int) -> None:

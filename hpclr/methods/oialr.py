@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hpclr.lowrank import KINDS, RankRule, WeightSite, rank_rule, select
+from hpclr.lowrank import KINDS, MarchenkoPastur, RankRule, WeightSite, rank_rule, select
 from hpclr.lowrank.factors import SVD, finite, polar, working_dtype
 from hpclr.lowrank.moments import check_optimizer
 from hpclr.lowrank.product import pays
 from hpclr.lowrank.ranks import with_noise
 from hpclr.lowrank.spectra import measured_in
+from hpclr.methods.auto import decides_alone, signal_in
 from hpclr.methods.base import ChangeHook, Method, no_penalty
 from hpclr.methods.checks import (
     check_layers,
@@ -74,9 +75,12 @@ class OIALR(Method):
         sigma_lr: a factor on the learning rate of Σ.
         total_steps: the length of the run; needed if `delay` or `every` are fractions of it.
         placement: which process examines which layer; None: as the replica says, else this one all of them.
+        auto: when layers freeze and at which ranks follows from the noise in their weights (`hpclr.methods.auto`); no
+            setting in `hpclr.methods.auto.AUTO` may be given then, and total_steps must be.
 
     Attributes:
         failures: how often a layer could not be decomposed (it then keeps its basis).
+        frozen_at: layer name → the step at which it was converted.
         report: layer name → why it stays dense.
 
     Raises:
@@ -85,13 +89,14 @@ class OIALR(Method):
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
 
+    @decides_alone
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        delay: float,
-        every: float,
+        delay: float | None = None,
+        every: float | None = None,
         cutoff: float | Mapping[str, Any] | RankRule = 0.1,
         layer_fraction: float = 0.1,
         max_cut: float = 0.5,
@@ -107,6 +112,7 @@ class OIALR(Method):
         sigma_lr: float = 1.0,
         total_steps: int | None = None,
         placement: Placement | None = None,
+        auto: bool = False,
     ) -> None:
         check_settings(
             every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
@@ -120,6 +126,7 @@ class OIALR(Method):
         check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
         self._optimizer = optimizer
         self._rule = rank_rule(cutoff)
+        self._edge = self._rule if auto and isinstance(self._rule, MarchenkoPastur) else None
         self._schedule = CheckSchedule(
             in_steps("delay", delay, total_steps), in_steps("every", every, total_steps), layer_fraction
         )
@@ -131,6 +138,7 @@ class OIALR(Method):
         self._tracker = StabilityTracker(stability_threshold)
         self._watched = {site.name: site.rank for site in chosen.eligible}
         self._noise: dict[str, float] = {}
+        self.frozen_at: dict[str, int] = {}
         self.failures = 0
         self._begin()
 
@@ -191,8 +199,13 @@ class OIALR(Method):
     def _first_look(self, site: WeightSite) -> Outcome:
         weight = finite(site.core(), "basis")
         if self._schedule.delay > 0:
-            self._tracker.remember(site.name, self._placement.measure(weight, None, dense=not site.is_lowrank).polar)
+            self._tracker.remember(site.name, self._first_basis(site, weight))
         return Outcome(site.rank, None, None)
+
+    def _first_basis(self, site: WeightSite, weight: Tensor) -> Tensor:
+        if self._edge is not None and not site.is_lowrank:
+            return signal_in(self._placement.decompose(weight, dense=True), self._edge).polar
+        return self._placement.measure(weight, None, dense=not site.is_lowrank).polar
 
     def _share(self, examine: Callable[[WeightSite], Outcome]) -> Iterator[tuple[str, Outcome]]:
         """Each layer examined by one process, the outcomes on all."""
@@ -210,7 +223,11 @@ class OIALR(Method):
         self._placement.confirm(self.ranks, self._model.parameters())
 
     def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
-        return self._examine_sigma(site, covered) if site.is_lowrank else self._examine_weight(site, j, covered)
+        if site.is_lowrank:
+            return self._examine_sigma(site, covered)
+        return (
+            self._examine_weight(site, j, covered) if self._edge is None else self._examine_signal(site, j, self._edge)
+        )
 
     def _examine_weight(self, site: WeightSite, j: int, covered: bool) -> Outcome:
         """W: how much of its basis it has kept, the rank it would have, and its factors if it is converted now."""
@@ -226,6 +243,18 @@ class OIALR(Method):
             basis = (basis or self._placement.decompose(weight, dense=True)).leading(keep)
         # only the whole spectrum of a dense weight tells the noise in it
         return Outcome(rank, stability, basis, found.noise)
+
+    def _examine_signal(self, site: WeightSite, j: int, edge: MarchenkoPastur) -> Outcome:
+        """W under `auto`: whether what stands out of the noise in it has settled, and factors of that if so."""
+        basis = self._placement.decompose(site.core(), dense=True)
+        signal = signal_in(basis, edge)
+        stability = self._tracker.measure(site.name, signal.polar)
+        still = signal.is_still(stability, self._watched[site.name])
+        settled = self._tracker.settles(site.name, stability, still)
+        rank, due = self._limited(site, signal.rank), j >= 0 and signal.rank > 0
+        keep = self._converted_rank(site, rank, due=due, covered=due, settled=settled)
+        cut = None if keep is None else basis.leading(keep)
+        return Outcome(rank, stability, cut, signal.noise or None, still=still)
 
     def _examine_sigma(self, site: WeightSite, covered: bool) -> Outcome:
         """Σ: how much of its basis it has kept, and what it is re-factorised to, if the check covers it."""
@@ -266,12 +295,14 @@ class OIALR(Method):
         if outcome.noise is not None:
             self._noise[site.name] = outcome.noise
         if outcome.stability is not None:
-            self._tracker.record(site.name, outcome.stability)
+            self._tracker.record(site.name, outcome.stability, outcome.still)
         if outcome.basis is not None:
             self._change_basis(site, outcome.basis)
             self._tracker.rebase(site.name, outcome.basis.s.to(working_dtype(site.parameter.dtype)))
 
     def _change_basis(self, site: WeightSite, basis: SVD) -> None:
+        if not site.is_lowrank:
+            self.frozen_at[site.name] = self.steps
         with self._placement.whole(site, self._optimizer):
             change = change_basis(site, basis, self._optimizer)
         for hook in self._hooks:
@@ -289,6 +320,7 @@ class OIALR(Method):
             "ranks": {name: site.rank for name, site in self._sites.items() if site.is_lowrank},
             "watched": dict(self._watched),
             "noise": dict(self._noise),
+            "frozen_at": dict(self.frozen_at),
             "stability": self._tracker.state_dict(self._placement.gather(self._tracker.memory)),
         }
 
@@ -313,4 +345,5 @@ class OIALR(Method):
         self.failures = int(state["failures"])
         self._watched = {name: int(rank) for name, rank in state["watched"].items()}
         self._noise = {name: float(noise) for name, noise in state["noise"].items()}
+        self.frozen_at = {name: int(step) for name, step in state.get("frozen_at", {}).items()}
         self._tracker.load_state_dict(state["stability"])

@@ -21,6 +21,7 @@ class Outcome(NamedTuple):
     basis: SVD | None  # the change of basis to make: L, new singular values, Rᵀ; None: keep the present one
     noise: float | None = None  # of a dense weight, where the rule estimates it; holds once the spectrum has been cut
     failed: str | None = None  # why the layer could not be decomposed
+    still: bool | None = None  # whether its basis is that of the last check; None: the threshold of stability tells
 
 
 Examine = Callable[[str], Outcome]

@@ -16,13 +16,13 @@ def exact(number: float) -> Fraction:
     return Fraction(number).limit_denominator(10**6) or Fraction(number)
 
 
-def in_steps(name: str, value: float, total_steps: int | None) -> int:
+def in_steps(name: str, value: float | None, total_steps: int | None) -> int:
     """A number of steps, given as such or (below 1) as a fraction of the run.
 
     Raises:
         ValueError: if it is no number, negative, not whole, or a fraction of a run of unknown length.
     """
-    if not is_number(value) or not value >= 0 or (value >= 1 and value % 1 != 0):
+    if value is None or not is_number(value) or not value >= 0 or (value >= 1 and value % 1 != 0):
         raise ValueError(f"{name} must be a whole number of steps or a fraction of the run below 1, found {value!r}")
     if value >= 1 or value == 0:
         return int(value)

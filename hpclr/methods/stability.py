@@ -54,16 +54,23 @@ class StabilityTracker:
         before = before.to(now.device).to(now.dtype)  # widened where it is used: half as many bytes travel
         return alignment(torch.diag(before) if before.ndim == 1 else before, now)
 
-    def record(self, name: str, stability: float) -> None:
-        """Takes note of a measured value."""
+    def record(self, name: str, stability: float, still: bool | None = None) -> None:
+        """Takes note of a measured value; `still` as in `settles`."""
         self.last[name] = stability
-        self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if stability >= self.threshold else 0
+        self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if self._is_still(stability, still) else 0
 
-    def settles(self, name: str, stability: float | None) -> bool:
-        """Whether a layer with this newest value has settled."""
-        if stability is None or stability < self.threshold:
-            return False
-        return self._in_a_row.get(name, 0) + 1 >= TIMES_IN_A_ROW
+    def settles(self, name: str, stability: float | None, still: bool | None = None) -> bool:
+        """Whether a layer with this newest value has settled.
+
+        Args:
+            name: the layer.
+            stability: None if it could not be measured.
+            still: whether the value means that the basis has kept still; None: if it reaches the threshold.
+        """
+        return self._is_still(stability, still) and self._in_a_row.get(name, 0) + 1 >= TIMES_IN_A_ROW
+
+    def _is_still(self, stability: float | None, still: bool | None) -> bool:
+        return stability is not None and (stability >= self.threshold if still is None else still)
 
     def rebase(self, name: str, s: Tensor) -> None:
         """The layer's Σ is diag(s) now, and its Q the identity, but for directions without weight."""

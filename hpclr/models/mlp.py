@@ -41,7 +41,7 @@ class MLP(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation](), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], math.prod(outputs))
-        self.outputs = outputs
+        self.outputs, self.activation = outputs, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (batch, classes), or values (batch, *outputs), for samples (batch, *sample_shape)."""

@@ -243,13 +243,13 @@ def _one_turn(found: Iterator[tuple[str, Outcome]]) -> dict[str, Outcome]:
 
 def _flat(outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Any], list[Tensor]]:
     """Outcomes as a JSON value and a list of tensors: three for each layer that has a new basis."""
-    value = {name: [o.rank, o.stability, o.basis is not None, o.noise, o.failed] for name, o in outcomes.items()}
+    value = {name: [o.rank, o.stability, o.basis is not None, *o[3:]] for name, o in outcomes.items()}
     return value, [part for o in outcomes.values() if o.basis is not None for part in o.basis]
 
 
 def _outcomes(value: dict[str, Any], tensors: list[Tensor]) -> dict[str, Outcome]:
     parts = iter(tensors)
     return {
-        name: Outcome(rank, stability, SVD(next(parts), next(parts), next(parts)) if changes else None, noise, failed)
-        for name, (rank, stability, changes, noise, failed) in value.items()
+        name: Outcome(rank, stability, SVD(next(parts), next(parts), next(parts)) if changes else None, *rest)
+        for name, (rank, stability, changes, *rest) in value.items()
     }

@@ -13,7 +13,7 @@ from hpclr.config import RunFile
 from hpclr.config.schema import Section
 from hpclr.errors import UsageError
 from hpclr.output import Unfailing
-from hpclr.planning.checking import CheckRate
+from hpclr.planning.checking import CheckPace, CheckRange
 from hpclr.planning.counting import Counts, share_of
 from hpclr.planning.estimate import Means, Plan, plan_of
 from hpclr.planning.forms import layers_of
@@ -28,8 +28,9 @@ from hpclr.planning.subject import Said, blank_model, subject_of
 _MOST_ROWS = 100  # of a table
 _MOST_NUMBERS = 10**9  # in a sample
 _LONGEST = 60  # characters of what was asked for that an error repeats
-# Of the device's operations a second in float64, what examinations reach: assumed, in LAPACK and on GPUs.
-_CHECKS_ON_CPU, _CHECKS_ON_GPU = (0.05, 0.6), (0.01, 0.3)
+# Of the device's operations a second in float64, what examinations reach, and the seconds that each layer takes at
+# least: assumed, in LAPACK and on GPUs, at worst and at best.
+_CHECKS_ON_CPU, _CHECKS_ON_GPU = ((0.05, 2e-3), (0.6, 2e-4)), ((0.01, 1e-2), (0.3, 1e-3))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def planned(run: RunFile, wishes: Wishes) -> tuple[Plan, Measured | None]:
         path = path_of(section, layers, subject.steps, assumed_of(wishes.path) if wishes.path else Assumed())
     counts = Counts(subject, model)
     paces = assumed_paces(hardware, run.train.precision)
-    means = Means(counts, layers, path, hardware, paces, _check_rate(hardware))
+    means = Means(counts, layers, path, hardware, paces, _check_range(hardware))
     if not wishes.measure:
         return plan_of(means, nodes), None
     processes = nodes[0] * hardware.per_node
@@ -149,9 +150,10 @@ def _of_profile(wishes: Wishes) -> int | None:
     return partitions[name].gpus_per_node or None
 
 
-def _check_rate(hardware: Hardware) -> CheckRate:
+def _check_range(hardware: Hardware) -> CheckRange:
     slow, fast = _CHECKS_ON_GPU if hardware.queues else _CHECKS_ON_CPU
-    return CheckRate(slow * hardware.float64, fast * hardware.float64)
+    at_worst, at_best = (CheckPace(share * hardware.float64, each) for share, each in (slow, fast))
+    return CheckRange(at_worst, at_best)
 
 
 def _said(wishes: Wishes) -> Said | None:

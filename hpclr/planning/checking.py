@@ -10,16 +10,34 @@ DOUBLE, HALF = 8, 2  # bytes of a number
 
 
 @dataclass(frozen=True)
-class CheckRate:
-    """Operations a second of an examination, as counted by `operations`, and how far from it they may be.
+class CheckPace:
+    """How fast layers are examined.
 
     Attributes:
-        slow, fast: operations a second.
+        rate: operations a second, as counted by `operations`.
+        each: seconds that the smallest layer takes.
+    """
+
+    rate: float
+    each: float
+
+    def seconds(self, layers: Sequence[Layer], ranks: Ranks) -> float:
+        """Of a check that finds the model with these ranks, by one process."""
+        return self.each * len(layers) + check_operations(layers, ranks) / self.rate
+
+
+@dataclass(frozen=True)
+class CheckRange:
+    """Between which checks are expected.
+
+    Attributes:
+        slow: at worst.
+        fast: at best.
         measured: whether they are measured, on this machine.
     """
 
-    slow: float
-    fast: float
+    slow: CheckPace
+    fast: CheckPace
     measured: bool = False
 
 

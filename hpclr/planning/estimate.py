@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hpclr.config.schema import Section
-from hpclr.planning.checking import CheckRate, check_operations, examiners, remembered_bytes
+from hpclr.planning.checking import CheckPace, CheckRange, examiners, remembered_bytes
 from hpclr.planning.counting import Counts, Share, share_of
 from hpclr.planning.forms import Layer, Ranks, highest_paying
 from hpclr.planning.hardware import Hardware
@@ -120,7 +120,7 @@ class Means:
     path: Path
     hardware: Hardware
     paces: tuple[Pace, Pace]
-    check: CheckRate
+    check: CheckRange
 
 
 def plan_of(means: Means, nodes: Sequence[int]) -> Plan:
@@ -228,12 +228,12 @@ class _Course:
     break_even: int | None
 
 
-def _course(means: Means, pace: Pace, rate: float, share: Share, processes: int) -> _Course:
-    """The run at a pace, with checks of so many operations a second."""
+def _course(means: Means, pace: Pace, checking: CheckPace, share: Share, processes: int) -> _Course:
+    """The run at a pace, and its checks at another."""
     counts, path = means.counts, means.path
     steps = [_step(means, pace, stage.ranks, share, processes) for stage in path.stages]
     dense, dense_waits = _step(means, pace, {}, share, processes)
-    checks = _checks(means, rate, processes)
+    checks = _checks(means, checking, processes)
     seconds = [one for one, _ in steps]
     total = sum((s.last - s.first) * one for s, one in zip(path.stages, seconds, strict=True)) + sum(checks.values())
     return _Course(
@@ -249,11 +249,11 @@ def _course(means: Means, pace: Pace, rate: float, share: Share, processes: int)
     )
 
 
-def _checks(means: Means, rate: float, processes: int) -> dict[int, float]:
+def _checks(means: Means, pace: CheckPace, processes: int) -> dict[int, float]:
     """Step → seconds of the check after it."""
-    speed = rate * examiners(section_of(means.counts), processes)
-    before = {stage.first: check_operations(means.layers, stage.ranks) / speed for stage in means.path.stages}
-    dense = check_operations(means.layers, {}) / speed
+    sharing = examiners(section_of(means.counts), processes)
+    before = {stage.first: pace.seconds(means.layers, stage.ranks) / sharing for stage in means.path.stages}
+    dense = pace.seconds(means.layers, {}) / sharing
     return {step: before[means.path.stage(step - 1).first] if step else dense for step in means.path.checks}
 
 

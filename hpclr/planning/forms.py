@@ -14,6 +14,7 @@ from hpclr.config.schema import (
     FixedRank,
     Lora,
     MoSara,
+    Nested,
     Oialr,
     Sara,
     Section,
@@ -75,7 +76,7 @@ def formed(model: nn.Module, section: Section, ranks: Ranks) -> nn.Module:
     for site in _sites(section, made) if ranks else ():
         if site.name in ranks:
             site.set_rank(ranks[site.name])
-            if isinstance(section, (Truncate, FixedRank, Cuttlefish)):
+            if isinstance(section, (Truncate, FixedRank, Cuttlefish, Nested)):
                 site.parameter.requires_grad_(False)  # what stands between two factors
     return made
 

@@ -1,20 +1,22 @@
 """A few real steps on this machine: of the dense model, and with factors as they begin and as they end."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import cast
 
 import torch
+from torch import nn
 
 from hpclr.config.schema import Section
 from hpclr.data import Batch
 from hpclr.errors import UsageError
-from hpclr.lowrank.spectra import decompose
-from hpclr.planning.checking import CheckRate, operations
+from hpclr.methods.oialr import OIALR
+from hpclr.planning.checking import CheckPace, CheckRange, operations
 from hpclr.planning.counting import Counts, Share
 from hpclr.planning.forms import Layer, Ranks, formed
 from hpclr.planning.pace import MeasuredPace, Timed
@@ -31,9 +33,10 @@ WARM, MOST, SECONDS = 3, 20, 8.0  # steps before those that count, steps that co
 # What a step of a run takes of one that is measured so: clocks and neighbours differ; a run reads data, keeps records,
 # looks at the clock. On two busy cores runs have taken 1.2 to 1.3 times as long (docs/planning.md).
 FACTORS = 0.85, 1.35
-# One matrix stands for all, and its decomposition for all that is done with them: a check also compares bases,
-# converts, turns the state of the optimiser. With matrices of 96×96 to 384×96 all that took 3.2 times as long.
-_CHECK_AT_WORST, _CHECK_AT_BEST = 1 / 4, 1.5
+# Two layers stand for all. In six runs checks took 0.6 to 2.3 times what follows from them (docs/planning.md).
+CHECK_FACTORS = 0.5, 2.5
+_CHECKS = 5  # that are made of each
+_SMALLEST = 4, 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Measured:
     data: str
     share: Share
     timed: dict[str, Timed]
-    check: CheckRate
+    check: CheckRange
     peak: int
     peak_of: str
 
@@ -102,7 +105,7 @@ def measured(counts: Counts, layers: Sequence[Layer], path: Path, share: Share) 
             "nodes, or a smaller train.micro_batch"
         ) from None
     return Measured(
-        _name(device), data, share, timed, _check_rate(layers, device, counts.subject.dtype), peak, memory.of
+        _name(device), data, share, timed, _check_range(layers, device, counts.subject.dtype), peak, memory.of
     )
 
 
@@ -176,17 +179,31 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _check_rate(layers: Sequence[Layer], device: torch.device, dtype: torch.dtype) -> CheckRate:
-    """From one layer, of middling cost."""
+def _check_range(layers: Sequence[Layer], device: torch.device, dtype: torch.dtype) -> CheckRange:
+    """From a layer of middling cost, and from one so small that only what every layer takes is left."""
     if not layers:
-        return CheckRate(1.0, 1.0, measured=True)
+        return CheckRange(CheckPace(1.0, 0.0), CheckPace(1.0, 0.0), measured=True)
     shape = sorted((layer.shape for layer in layers), key=lambda shape: operations(*shape))[len(layers) // 2]
-    matrix = torch.randn(shape, device=device, dtype=dtype)
-    decompose(matrix)
-    start = _now(device)
-    decompose(matrix)
-    rate = operations(*shape) / (_now(device) - start)
-    return CheckRate(rate * _CHECK_AT_WORST, rate * _CHECK_AT_BEST, measured=True)
+    each, whole = (_examined(*one, device, dtype) for one in (_SMALLEST, shape))
+    rate = operations(*shape) / max(whole - each, whole / 10)
+    fast, slow = (CheckPace(rate / factor, each * factor) for factor in CHECK_FACTORS)
+    return CheckRange(slow, fast, measured=True)
+
+
+def _examined(m: int, n: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a check of OIALR's of a dense m×n matrix, as it is before the conversion; the middle of a few."""
+    model = nn.Sequential(nn.Linear(n, m, bias=False, device=device, dtype=dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    method = OIALR(model, optimizer, delay=2 * _CHECKS, every=1, max_aspect=math.inf, keep_last=False)
+    spent = []
+    for _ in range(1 + _CHECKS):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        start = _now(device)
+        method.step()
+        spent.append(_now(device) - start)
+    return median(spent[1:])
 
 
 def _name(device: torch.device) -> str:

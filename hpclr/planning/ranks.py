@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import count
 from math import ceil
 
-from hpclr.config.schema import Cuttlefish, Dense, FixedRank, Oialr, Section, SvdTraining, Truncate
+from hpclr.config.schema import Cuttlefish, Dense, FixedRank, Nested, Oialr, Section, SvdTraining, Truncate
 from hpclr.errors import UsageError
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.planning.forms import Layer, Ranks, is_worth_it
+from hpclr.training.lengths import decided_alone
 
 MOST_STAGES = 8  # forms of a model that are counted; more of them are taken together
 MOST_CHECKS = 10_000  # that are counted one by one
@@ -95,6 +96,8 @@ def path_of(section: Section, layers: Sequence[Layer], steps: int, assumed: Assu
             return Path((Stage(0, steps, ranks),), (0,), True, f"two factors of {section.rank:.0%} of full rank")
         case Truncate():
             return _truncate(section, layers, steps, assumed)
+        case Nested():
+            return _nested(section, layers, steps)
         case Cuttlefish():
             return _cuttlefish(section, layers, steps, assumed)
         case SvdTraining():
@@ -107,6 +110,8 @@ def path_of(section: Section, layers: Sequence[Layer], steps: int, assumed: Assu
 
 def _oialr(section: Oialr, layers: Sequence[Layer], steps: int, assumed: Assumed) -> Path:
     delay, every = in_steps("delay", section.delay, steps), in_steps("every", section.every, steps)
+    if section.auto:
+        return _settling(section, layers, delay, every, steps, assumed)
     later = section.convert == "when_it_pays"
     cut = min(assumed.cut, section.max_cut) if not later else assumed.cut
     first_check = 0 if delay == 0 else delay % every or every
@@ -124,6 +129,14 @@ def _oialr(section: Oialr, layers: Sequence[Layer], steps: int, assumed: Assumed
     if section.freeze == "stable" and delay:
         text += "; no layer freezes before the delay, though freeze: stable allows it"
     return Path(merged([stage for stage in stages if stage.first < stage.last]), checks, False, text)
+
+
+def _settling(section: Oialr, layers: Sequence[Layer], delay: int, every: int, steps: int, assumed: Assumed) -> Path:
+    """Under `auto`, as if all layers settled last."""
+    ranks = _final(layers, assumed)
+    paying = {layer.name: ranks[layer.name] for layer in layers if is_worth_it(section, layer, ranks[layer.name])}
+    text = f"{decided_alone(section, steps)}; taken here: that step, and {assumed.final:.0%} of full rank"
+    return Path(_two(delay, steps, {}, paying), _moments(delay % every or every, steps, every), False, text)
 
 
 def _falling(
@@ -175,6 +188,13 @@ def _truncate(section: Truncate, layers: Sequence[Layer], steps: int, assumed: A
     ranks = {layer.name: max(_share(share, layer), _share(section.min_rank, layer)) for layer in layers}
     text = _after(at, "dense", f"two factors of {share:.0%} of full rank")
     return Path(_two(at, steps, {}, ranks), (at,), known, text)
+
+
+def _nested(section: Nested, layers: Sequence[Layer], steps: int) -> Path:
+    at, share = in_steps("delay", section.delay, steps), max(section.fractions)
+    ranks = {layer.name: _share(share, layer) for layer in layers}
+    text = _after(at, "dense", f"two factors of {share:.0%} of full rank, of which most steps compute a part only")
+    return Path(_two(at, steps, {}, ranks), (at,), True, text)
 
 
 def _cuttlefish(section: Cuttlefish, layers: Sequence[Layer], steps: int, assumed: Assumed) -> Path:

@@ -8,12 +8,13 @@ and beside them fingerprints of the weights under the adapters. It is safetensor
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hpclr.checkpoint import Json, load_file, write_tree
 from hpclr.checkpoint.digest import sidecar_of, write_sidecar
@@ -22,6 +23,7 @@ from hpclr.lowrank.adapters import adapted_modules, adapter_state_dict, is_of_ad
 from hpclr.lowrank.adapters.whole import adapter_differences, first_three, unsound
 from hpclr.lowrank.factors import LowRankWarning
 from hpclr.methods.adapting import freeze_rest
+from hpclr.methods.checks import check_model, placement_of
 from hpclr.training.fingerprints import compare, fingerprints
 from hpclr.training.run_directory import reading
 from hpclr.training.written_files import written_whole
@@ -37,18 +39,26 @@ def save_adapter(model: nn.Module, path: Path | str) -> None:
     """Writes a model's adapters, and what else of it trains, to a file, whole or not at all.
 
     Args:
-        model: with adapters, merged or not.
+        model: with adapters, merged or not; of one in a wrapper, such as a `hpclr.parallel.Replica`, the names inside
+            it are written.
         path: ends in .safetensors or .h5; a file that is there is replaced.
 
     Raises:
         UsageError: if the model has no adapters, or the file cannot be written.
     """
+    model = _inside(model)
     if not any(adapted_modules(model)):
         raise UsageError(f"{path}: the model has no adapters that could be saved")
     state = model.state_dict()
     own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     bases = [f"{layer}.weight" if layer else "weight" for layer, _ in adapted_modules(model)]
     write_adapter(Path(path), own | adapter_state_dict(model) | running_statistics(state), about_base(state, bases))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model without wrappers, which add to the names of its parameters."""
+    wrapped = isinstance(model, (DataParallel, DistributedDataParallel))
+    return check_model(model.module if wrapped else model)
 
 
 def running_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +78,8 @@ def write_adapter(path: Path, entries: Mapping[str, Tensor], facts: Mapping[str,
         UsageError, RetryableError: if it cannot be written.
     """
     check_suffix(path)
-    content = {name: value.detach().cpu().contiguous() for name, value in entries.items()}
+    own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}  # safetensors refuses shared memory
+    content = {name: value.detach().to(**own) for name, value in entries.items()}
     about = {"hpclr": __version__, **facts}
     with written_whole(path) as temporary:
         if path.suffix == ".h5":
@@ -81,19 +92,20 @@ def load_adapter(model: nn.Module, path: Path | str, *, any_base: bool = False) 
     """Gives a model the adapters in a file, and what else was trained with them; all else is frozen.
 
     Args:
-        model: as it was pretrained, or with adapters of the same form.
+        model: as it was pretrained, or with adapters of the same form; or a `hpclr.parallel.Replica` of one.
         path: as `save_adapter` or `hpclr export --adapter` writes it.
         any_base: load it also onto other weights than those under which it was trained.
 
     Raises:
         UsageError: if it is no such file, is damaged, or does not fit the model, naming the first three differences;
             the model is not changed then.
+        TypeError: for a model wrapped in DistributedDataParallel, which cannot follow.
 
     Warns:
         LowRankWarning: if the weights under the adapters are the same but for rounding to another type, or others and
             `any_base` allows that, or the file does not say what they were.
     """
-    stored = _read(Path(path))
+    stored, replica, model = _read(Path(path)), model, check_model(model)
     state = model.state_dict(keep_vars=True)
     others, remark = _compared_base(stored.facts, state, any_base, Path(path))
     own = {name: value for name, value in stored.entries.items() if not is_of_adapter(name)}
@@ -111,6 +123,8 @@ def load_adapter(model: nn.Module, path: Path | str, *, any_base: bool = False) 
             state[name].copy_(value)
     learned = [layer.parameter(name) for _, layer in adapted_modules(model) for name in layer.trained]
     freeze_rest(model, [*learned, *(value for name in own if isinstance(value := state[name], nn.Parameter))])
+    if placement_of(replica) is not None:
+        cast(Any, replica).renew()  # other parameters require gradients now
 
 
 def _compared_base(

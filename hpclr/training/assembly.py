@@ -1,5 +1,7 @@
 """From a run file to the objects that train; whatever is wrong with it is found here, before anything is written."""
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from hpclr.data.loader import choose_order
 from hpclr.errors import UsageError, usage_errors
 from hpclr.lowrank import EMA
 from hpclr.methods import Method
+from hpclr.output import say
 from hpclr.parallel.group import Group
 from hpclr.parallel.replica import Replica
 from hpclr.parallel.sharded import Sharded
 from hpclr.training.environment import record, seed_everything, seed_of
+from hpclr.training.informed import start_together
 from hpclr.training.job import Job, alone, on_this_node
 from hpclr.training.method import build_method, build_replica
 from hpclr.training.model import (
@@ -104,6 +108,10 @@ def assemble(run: RunFile, job: Job | None = None, *, continuing: bool = False) 
     made = job.group.together(lambda: _materials(run, job, continuing))
     job.require_same({"the data's digest": made.dataset.digest})
     loader, model, total = made.loader, made.model, made.total_steps
+    if run.model.init is not None and not continuing:
+        told = start_together(run, model, _made_plain(loader), job.group)
+        if job.group.is_first:
+            say(f"model.init: svd: {told}")
     replica = build_replica(run, model, job)
     optimizer = job.group.together(lambda: optimizer_of(run, model))
     with usage_errors("method"):
@@ -178,6 +186,21 @@ def _loaders(
     return loader, valid, held_out(run, dataset, "test", dtype)
 
 
+def plain_batches(run: RunFile, dataset: Dataset, dtype: torch.dtype) -> BatchLoader:
+    """The training split in the order of the run, as it is stored: whole batches, without augmentation or mixup."""
+    order = choose_order(dataset, run.data.shuffle, run.data.window)
+    return _loader(run, dataset, "train", run.data.batch_size, shuffle=order, dtype=dtype)
+
+
+def _made_plain(loader: BatchLoader) -> BatchLoader:
+    """The same as `plain_batches`, of the split that a run's own loader may have in memory."""
+    plain = copy.copy(loader)
+    plain.part, plain.mixup = (0, 1), 0.0
+    if isinstance(plain, Loader):
+        plain.augment = None
+    return plain
+
+
 def _loader(run: RunFile, dataset: Dataset, split: str, size: int, **options: Any) -> BatchLoader:
     """Labelled samples, or windows."""
     seed, options = run.train.seed, options | {"in_memory": run.data.in_memory}
@@ -198,6 +221,20 @@ def held_out(run: RunFile, dataset: Dataset, split: str, dtype: torch.dtype) -> 
         windows = count_windows(dataset, split, **_window(run))
         size = min(run.train.micro_batch or run.data.batch_size, windows)
     return _loader(run, dataset, split, size, shuffle=False, dtype=dtype)
+
+
+def drawn(run: RunFile, dataset: Dataset, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Inputs of so many training samples, the first ones of the run's first epoch, without augmentation.
+
+    Raises:
+        UsageError: if there are not as many.
+    """
+    size, order = held_out(run, dataset, "train", dtype).batch_size, choose_order(dataset, "auto", run.data.window)
+    loader = _loader(run, dataset, "train", size, shuffle=order, dtype=dtype)
+    if count > loader.size:
+        raise UsageError(f"{dataset.path}: {count:,} training samples are asked for, it has {loader.size:,}")
+    for first in range(0, count, size):
+        yield loader.batch(0, first // size).x[: count - first]
 
 
 def _check_validation(run: RunFile, valid: BatchLoader | None) -> None:

@@ -17,6 +17,7 @@ from hpclr.training.memory import PeakMemory
 from hpclr.training.state import Position
 
 Shapes = tuple[tuple[torch.Size, bool], ...]
+Drawn = tuple[tuple[str, int], ...]  # layer name and how many directions a step takes of it
 
 
 class Meter:
@@ -35,6 +36,7 @@ class Meter:
         self._shapes: Shapes | None = None
         self._dense: dict[int, int] = {}  # samples at once → operations of a pass and its gradients
         self._own: dict[int, int] = {}  # the same of the model as it is now
+        self._parts_of: dict[Drawn, dict[int, int]] = {}  # the same for each draw of a nested model
         self._penalty: int | None = None
         self._gradient_bytes = 0
 
@@ -78,9 +80,11 @@ class Meter:
         shapes = tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters())
         if shapes != self._shapes:
             begins_dense = self._shapes is None and not any(lowrank_modules(model)) and not self._parts.method.adapts
-            self._own = self._dense if begins_dense else {}
+            self._own, self._parts_of = self._dense if begins_dense else {}, {}
             self._shapes, self._penalty = shapes, None
             self._gradient_bytes = self._parts.replica.gradient_bytes
+        if drawn := tuple(getattr(self._parts.method, "drawn", {}).items()):
+            self._own = self._parts_of.setdefault(drawn, {})
 
     def _flops(self, step: int) -> tuple[int, int] | tuple[None, None]:
         """Operations of a step on all processes together, and of the same step with dense weights."""

@@ -15,8 +15,8 @@ from hpclr.checkpoint.digest import read_sidecar, sidecar_of
 from hpclr.checkpoint.sandbox import examine
 from hpclr.config import RunFile, parse_run_file
 from hpclr.config.describe import show
-from hpclr.config.schema import Cuttlefish, FixedRank, Lora, Target, Truncate
-from hpclr.data import Dataset, open_dataset
+from hpclr.config.schema import Cuttlefish, FixedRank, Lora, Nested, Target, Truncate
+from hpclr.data import BatchLoader, Dataset, open_dataset
 from hpclr.errors import UsageError
 from hpclr.lowrank import EMA, load_state_dict
 from hpclr.lowrank.adapters import shape_model_like_adapters
@@ -29,7 +29,7 @@ from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
 from hpclr.training.scores import Score
 from hpclr.training.state import from_tree, tensors
-from hpclr.training.tasks import task_of
+from hpclr.training.tasks import Task, task_of
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
@@ -136,6 +136,28 @@ def evaluate_checkpoint(
         UsageError: for a file that cannot be used, a split that is not there, or a `target:` without trust.
     """
     loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
+    subject = subject_of(loaded, run, split=split, data=data, trust=trust)
+    with malformed_named(loaded.path):
+        _load_weights(subject.model, run, loaded)
+    return subject.score(subject.model), loaded.path
+
+
+class Subject(NamedTuple):
+    """What a checkpoint's model is scored on, and the model, its weights still to come."""
+
+    dataset: Dataset
+    loader: BatchLoader
+    task: Task
+    precision: Precision
+    model: nn.Module
+
+    def score(self, model: nn.Module) -> Score:
+        """How a model does."""
+        return self.task.score(model, self.loader, self.precision)
+
+
+def subject_of(loaded: Loaded, run: RunFile, *, split: str, data: Path | None, trust: bool) -> Subject:
+    """Opens the data of a checkpoint, or other data that fits it, and builds its model; as `evaluate_checkpoint`."""
     require_trust(run, loaded.path, trust)
     use_threads("auto")  # not as many as a file from elsewhere may name
     dataset = open_dataset([data] if data else data_files(run))
@@ -150,9 +172,7 @@ def evaluate_checkpoint(
     model = build_model(run, samples, weights=False).to(device, precision.dtype)
     if any(map(is_lazy, model.parameters())):
         check_outputs(model, loader.batch(0, 0).x[:2].to(device), samples, precision)
-    with malformed_named(loaded.path):
-        _load_weights(model, run, loaded)
-    return task.score(model, loader, precision), loaded.path
+    return Subject(dataset, loader, task, precision, model)
 
 
 def require_trust(run: RunFile, path: Path, trust: bool) -> None:
@@ -216,7 +236,7 @@ def _load_weights(model: nn.Module, run: RunFile, loaded: Loaded) -> None:
     except (ValueError, RuntimeError) as error:  # code behind a `target:` may have changed
         raise UsageError(f"the weights in {loaded.path} do not fit the model that it names: {error}") from error
     if run.train.ema is not None:
-        if isinstance(run.method, (Truncate, FixedRank, Cuttlefish)):
+        if isinstance(run.method, (Truncate, FixedRank, Cuttlefish, Nested)):
             freeze_middles(model)  # which have no averages
         ema = EMA(model, run.train.ema)
         ema.load_state_dict(from_tree(tree["ema"]))

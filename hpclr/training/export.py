@@ -21,7 +21,7 @@ from hpclr.errors import UsageError
 from hpclr.lowrank.adapters import adapter_names
 from hpclr.lowrank.interchange import cast_state_dict, dense_state_dict
 from hpclr.output import printable
-from hpclr.training.adapter_files import check_suffix, write_adapter
+from hpclr.training.adapter_files import about_base, check_suffix, running_statistics, write_adapter
 from hpclr.training.evaluation import digests_of, find_checkpoint, malformed_named
 from hpclr.training.run_directory import reading
 from hpclr.training.state import from_tree
@@ -74,6 +74,9 @@ def export_checkpoint(
     trust: bool = False,
     untrusted: bool = False,
     force: bool = False,
+    rank_fraction: float | None = None,
+    calibrate: int | None = None,
+    data: Path | None = None,
 ) -> Exported:
     """Writes the weights in a checkpoint to `out`, whole or not at all.
 
@@ -85,9 +88,12 @@ def export_checkpoint(
         dtype: of the floating tensors, one of `DTYPES`; None: as stored.
         average: take averaged weights where the run keeps them: those that it is judged by.
         best: of a run directory, the best checkpoint on validation instead of the newest.
-        trust: whether a model that the checkpoint names as `target:` may be imported (ONNX only).
+        trust: whether a model that the checkpoint names as `target:` may be imported (ONNX, and to cut ranks).
         untrusted: as `load_checkpoint`.
         force: replace a file that is there.
+        rank_fraction: cut layers to this share of full rank; None: leave the ranks as they are.
+        calibrate: as `hpclr.training.elastic.evaluate_at_ranks`; with `rank_fraction`.
+        data: another data file than the run's, to calibrate with.
 
     Raises:
         UsageError: if the checkpoint or `out` cannot be used, or a number is too large for `dtype`.
@@ -100,6 +106,15 @@ def export_checkpoint(
     digest = _digest_of(source, untrusted)
     loaded = load_file(source, digests=[digest])
     stored = stored_weights(loaded.tree, source, average=average)
+    if rank_fraction is not None:
+        from hpclr.training.elastic import cut_weights
+
+        stored = cut_weights(loaded, stored, rank_fraction, calibrate=calibrate, data=data, trust=trust)
+    if factored and stored.merged:
+        raise UsageError(
+            f"{source}: its layers have adapters, no factors, and --factored does not go with these: --adapter writes "
+            "the adapters alone, --dense merges them"
+        )
     weights = _prepared(loaded, digest, stored, factored, DTYPES[dtype] if dtype else None)
     writers: dict[str, Callable[[Path, _Weights], str]] = {
         "safetensors": _write_safetensors,
@@ -109,7 +124,8 @@ def export_checkpoint(
     }
     with written_whole(out) as temporary:
         note = writers[chosen](temporary, weights)
-    return Exported(out, loaded.step, _described(stored, factored), out.stat().st_size, note)
+    what = _described(stored, factored) + ("" if rank_fraction is None else f" at {rank_fraction:g} of full rank")
+    return Exported(out, loaded.step, what, out.stat().st_size, note)
 
 
 def export_adapter(
@@ -139,8 +155,10 @@ def export_adapter(
         raise UsageError(f"{source}: it has no adapters; method sara, mo_sara, edora or lora trains some")
     with malformed_named(source):
         names = [*from_tree(loaded.tree["method"])["state"]["trained"], *adapter_names(stored.adapters)]
+        names += running_statistics(stored.state)
         entries = cast_state_dict({name: stored.state[name] for name in names}, DTYPES[dtype] if dtype else None)
-    write_adapter(out, entries, _facts(loaded, digest, stored), loaded.step)
+    base = about_base(stored.state, [entry.weight for entry in stored.adapters.values()])
+    write_adapter(out, entries, _facts(loaded, digest, stored) | base, loaded.step)
     what = f"adapters and what trained with them ({sum(value.numel() for value in entries.values()):,} numbers)"
     return Exported(out, loaded.step, what, out.stat().st_size, "")
 
@@ -212,6 +230,8 @@ def _described(stored: StoredWeights, factored: bool) -> str:
     kind = "averaged weights" if stored.averaged else "weights"
     if factored:
         return f"factored {kind} ({as_stored:,} numbers, dense {dense:,})"
+    if stored.merged:
+        return f"merged {kind} ({dense:,} numbers)"
     return f"dense {kind} ({dense:,} numbers, factored {as_stored:,})"
 
 

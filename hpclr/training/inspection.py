@@ -41,9 +41,10 @@ def show_checkpoint(
     console = console or Console(highlight=False, markup=False, emoji=False)
     loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
     with malformed_named(loaded.path):
-        tables = [_facts(loaded.tree, loaded.path, run.method.name), _layers(tensors(loaded.tree["model"]))]
-        if adapters := stored_weights(loaded.tree, loaded.path, merge=False).adapters:
-            tables.append(_adapters(adapters, tensors(loaded.tree["model"])))
+        weights = tensors(loaded.tree["model"])
+        adapters = stored_weights(loaded.tree, loaded.path, merge=False).adapters
+        layers = _adapters(adapters, weights) if adapters else _layers(weights)
+        tables = [_facts(loaded.tree, loaded.path, run.method.name), layers]
     for table in tables:
         console.print(table)
 

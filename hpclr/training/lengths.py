@@ -3,7 +3,7 @@
 from hpclr.config.schema import Cuttlefish, Oialr, Section
 
 # Of each method the key that says when its weights become low-rank.
-MOMENTS = {"oialr": "delay", "svd_training": "prune_at", "truncate": "at", "cuttlefish": "delay"}
+MOMENTS = {"oialr": "delay", "svd_training": "prune_at", "truncate": "at", "cuttlefish": "delay", "nested": "delay"}
 
 
 def moment_of(section: Section) -> float:
@@ -37,6 +37,23 @@ def check_length(section: Section, total: int) -> None:
         )
     if isinstance(section, Cuttlefish):
         check_measurements(section.window, in_steps("every", section.every, total), step)
+
+
+def decided_alone(section: Section, total: int) -> str | None:
+    """What `method.auto` has decided for a run of this length, for people; None where there is no such thing.
+
+    Args:
+        section: the run file's `method`.
+        total: steps of the run.
+    """
+    steps = check_steps(section, total)
+    if not isinstance(section, Oialr) or not section.auto or steps is None:
+        return None
+    every = "every step" if steps["every"] == 1 else f"every {steps['every']:,} steps"
+    return (
+        f"auto: a check {every}; each layer becomes factors of what stands out of the noise in it when that has "
+        f"settled, or at step {steps['delay']:,}, as soon as factors pay"
+    )
 
 
 def check_steps(section: Section, total: int) -> dict[str, int] | None:

@@ -6,6 +6,7 @@ PEFT puts a layer of its own around each layer: what was `layer.weight` is `laye
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ class LoRA(Method):
 
     Raises:
         UsageError: without PEFT.
-        ValueError: if there is no layer for it, or the optimiser does not hold what trains.
+        ValueError: if there is no layer for it, or PEFT would compute something else with one, or the optimiser does
+            not hold what trains.
     """
 
     adapts = True
@@ -48,6 +50,7 @@ class LoRA(Method):
         self._model, self._section, self.dense_form = check_model(model), section, without_lora
         chosen = adaptable_by(section, self._model)
         check_layers(chosen.sites, chosen.left_alone, "LoRA")
+        _check_for_peft(self._model, chosen.sites)
         self._weights = {name: site.parameter for name, site in chosen.sites.items()}
         self.trained = trained_names(self._model, section.train, chosen.head, chosen.sites)
         check_held(optimizer, self._model, chosen.sites, self.trained)
@@ -97,6 +100,25 @@ class LoRA(Method):
     def adapted_weights(self) -> dict[str, AdaptedWeight]:
         """Where in the model's state dict the adapters are; see `hpclr.lowrank.adapters.interchange`."""
         return dict(_described(name, layer) for name, layer in _lora_layers(self._model))
+
+
+def _check_for_peft(model: nn.Module, sites: Mapping[str, WeightSite]) -> None:
+    """Raises ValueError for a layer with which PEFT, unasked, would compute something else than W'."""
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, site in sites.items():
+        if fault := _not_for_peft(site, uses[id(site.module)]):
+            raise ValueError(f"layer '{name}' cannot be given LoRA: {fault}; leave it out, with exclude")
+
+
+def _not_for_peft(site: WeightSite, uses: int) -> str | None:
+    padding = getattr(site.module, "padding_mode", "zeros")
+    if padding != "zeros":
+        return f"the update of PEFT pads with zeros, the layer itself by padding_mode '{padding}'"
+    if any(step != 1 for step in getattr(site.module, "dilation", ())):
+        return f"the update of PEFT has no dilation, the layer itself {site.module.dilation}"
+    if uses > 1:
+        return f"the model has it in {uses} places, and PEFT would replace it in one of them"
+    return None if site.path else "PEFT replaces a layer inside a model, and here it is the whole model"
 
 
 def add_lora(model: nn.Module, section: Lora) -> None:

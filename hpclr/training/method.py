@@ -12,9 +12,22 @@ from hpclr.config.schema import Cuttlefish as CuttlefishSection
 from hpclr.config.schema import Dense as DenseSection
 from hpclr.config.schema import Edora, Lora, MoSara, Oialr, Sara, Section, SvdTraining
 from hpclr.config.schema import FixedRank as FixedRankSection
+from hpclr.config.schema import Nested as NestedSection
 from hpclr.config.schema import Truncate as TruncateSection
 from hpclr.errors import usage_errors
-from hpclr.methods import OIALR, SARA, Cuttlefish, Dense, EDoRA, FixedRank, Method, MoSARA, SVDTraining, Truncate
+from hpclr.methods import (
+    OIALR,
+    SARA,
+    Cuttlefish,
+    Dense,
+    EDoRA,
+    FixedRank,
+    Method,
+    MoSARA,
+    Nested,
+    SVDTraining,
+    Truncate,
+)
 from hpclr.parallel.replica import Replica
 from hpclr.parallel.sharded import Sharded
 from hpclr.training.job import Job
@@ -57,6 +70,8 @@ def build_method(run: RunFile, model: nn.Module, optimizer: Optimizer, total: in
             return FixedRank(model, optimizer, **_options(section))
         case CuttlefishSection():
             return Cuttlefish(model, optimizer, total_steps=total, **_options(section))
+        case NestedSection():
+            return Nested(model, optimizer, seed=run.train.seed, total_steps=total, **_options(section))
         case Lora():
             return LoRA(model, optimizer, section, run.train.seed)
         case Sara() | MoSara() | Edora():

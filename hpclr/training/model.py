@@ -48,7 +48,7 @@ def build_model(run: RunFile, samples: Samples | None, *, weights: bool = True) 
 def _built_in(section: Section, samples: Samples) -> nn.Module:
     options = msgspec.structs.asdict(section)
     name = options.pop("name")
-    del options["weights"], options["weights_except"]
+    del options["init"], options["weights"], options["weights_except"]
     with usage_errors("model"):
         return models.build(name, samples, **options)
 

@@ -58,9 +58,9 @@ def write_onnx(
     _check_packages()
     _check_size(state, path)
     with malformed_named(loaded.path):
-        run, samples = _origin(loaded)
+        run, samples = origin(loaded)
         require_trust(run, loaded.path, trust)
-        model, own = _model(run, samples)
+        model, own = empty_model(run, samples)
         _fill(model.to(dtype or own), state, layers, loaded.path)
     output = _OUTPUTS[samples.task]
     _export(model, _draw(samples, 2, dtype or own), output, path, facts)
@@ -90,11 +90,16 @@ def _check_size(state: dict[str, Tensor], path: Path) -> None:
         )
 
 
-def _origin(loaded: Loaded) -> tuple[RunFile, Samples]:
+def origin(loaded: Loaded) -> tuple[RunFile, Samples]:
+    """The run file of a checkpoint, and what its model is for.
+
+    Raises:
+        UsageError: if it does not say.
+    """
     missing = sorted({"run", "data"} - loaded.tree.keys())
     if missing:
         raise UsageError(
-            f"{loaded.path}: it holds no {' and no '.join(missing)}, so the model cannot be built; for ONNX "
+            f"{loaded.path}: it holds no {' and no '.join(missing)}, so the model cannot be built; "
             "name a checkpoint of `hpclr train`"
         )
     run = parse_run_file(from_tree(loaded.tree["run"])["yaml"], f"{loaded.path} (its run file)")
@@ -102,7 +107,7 @@ def _origin(loaded: Loaded) -> tuple[RunFile, Samples]:
     return run, task_of(run, facts).samples(run.data, facts)
 
 
-def _model(run: RunFile, samples: Samples) -> tuple[nn.Module, torch.dtype]:
+def empty_model(run: RunFile, samples: Samples) -> tuple[nn.Module, torch.dtype]:
     """A model of the original class, its weights still to come, and the type in which the run computes."""
     precision = Precision(run.train.precision, torch.device("cpu"))
     model = build_model(run, samples, weights=False).to(precision.dtype)

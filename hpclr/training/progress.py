@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from hpclr.output import Unfailing, say, say_in_log
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hpclr.track.view import View
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -38,15 +40,14 @@ class Live(Display):
 
     Args:
         view: what is known of the run so far.
+        console: on standard error.
     """
 
-    def __init__(self, view: "View") -> None:
-        from rich.console import Console
-
+    def __init__(self, view: "View", console: "Console") -> None:
         from hpclr.track.screen import live
 
         self._view = view
-        self._live = live(view, Console(file=cast(TextIO, Unfailing(sys.stderr)), highlight=False, emoji=False))
+        self._live = live(view, console)
 
     def __enter__(self) -> "Live":
         self._live.start(refresh=True)
@@ -109,8 +110,14 @@ def display(name: str, total: int, start: int, metrics: Path) -> Display:
     """
     if not Unfailing(sys.stderr).isatty():
         return Lines(name, total, start)
+    from rich.console import Console
+
+    from hpclr.track.screen import can_renew
     from hpclr.track.view import View
 
+    console = Console(file=cast(TextIO, Unfailing(sys.stderr)), highlight=False, emoji=False)
+    if not can_renew(console):
+        return Lines(name, total, start)
     view = View(name)
     view.catch_up(metrics)
-    return Live(view)
+    return Live(view, console)

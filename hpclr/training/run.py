@@ -18,7 +18,7 @@ from hpclr.track.sinks import require_packages, tracked
 from hpclr.training.assembly import Assembly, assemble
 from hpclr.training.evaluation import malformed_named
 from hpclr.training.job import assembled
-from hpclr.training.lengths import check_steps
+from hpclr.training.lengths import check_steps, decided_alone
 from hpclr.training.lock import locked
 from hpclr.training.loop import Trainer, warn_of_changed_threads
 from hpclr.training.metrics import MetricsFile, read_metrics
@@ -96,7 +96,8 @@ def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, st
     first = _FirstLook(parts, directory, store)
     finished, step = _agreed(parts, store, first)
     if finished:
-        return
+        with _tracked(parts, directory, finished=True):  # what was not told when the run ended
+            return
     if continuing and step is None:
         raise RetryableError(f"{store.directory}: the checkpoints that were there at the start are gone; start again")
     with parts.job.attempt(directory, parts.run.parallel.timeout):
@@ -108,6 +109,9 @@ def _train_locked(parts: Assembly, directory: RunDirectory, continuing: bool, st
         with _display(parts, directory, position) as shown, _tracked(parts, directory):
             if step is not None:
                 shown.note(f"continuing from step {position.step} ({store.path(step).name})")
+            decided = decided_alone(parts.run.method, parts.total_steps)
+            if decided is not None:
+                shown.note(decided)
             Trainer(parts, position, directory, store, shown, stop).train()
 
 
@@ -200,11 +204,11 @@ def _display(parts: Assembly, directory: RunDirectory, position: Position) -> Di
     return display(parts.run.name, parts.total_steps, position.step, directory.metrics)
 
 
-def _tracked(parts: Assembly, directory: RunDirectory) -> AbstractContextManager[None]:
+def _tracked(parts: Assembly, directory: RunDirectory, *, finished: bool = False) -> AbstractContextManager[None]:
     """The first process tells of the run elsewhere."""
     if not parts.job.group.is_first:
         return nullcontext()
-    return tracked(directory.path, directory.metrics, parts.run)
+    return tracked(directory.path, directory.metrics, parts.run, finished=finished)
 
 
 def _is_finished(saved: Loaded, parts: Assembly) -> bool:

@@ -11,6 +11,7 @@ from hpclr.lowrank.factors import FactorizationError
 from hpclr.lowrank.noise import noise_edge, noise_spectrum
 from hpclr.lowrank.ranks import label_of, noise_level
 from hpclr.lowrank.spectra import effective_rank
+from hpclr.training.spectrum_data import LinearView
 from hpclr.training.spectrum_sources import Subject, Weight
 
 DEFAULT_RULES = (
@@ -111,11 +112,21 @@ class Spectra:
         source: what the user called it.
         layers: in the model's order.
         left_alone: layers without a low-rank form, or that stay dense → why.
+        seen: with data, the same of W C^½, of the second moment C of a layer's inputs: s² are shares of the energy of
+            its outputs; of the layers that data reaches.
+        views: with data, what linear maps make of it.
     """
 
     source: str
     layers: Sequence[LayerSpectrum]
     left_alone: Mapping[str, str]
+    seen: Sequence[LayerSpectrum] = ()
+    views: Sequence[LinearView] = ()
+
+    @property
+    def with_data(self) -> bool:
+        """Whether data was given, and reached anything."""
+        return bool(self.seen or self.views)
 
     @property
     def rules(self) -> list[str]:
@@ -124,11 +135,16 @@ class Spectra:
 
     def total(self, rule: str) -> Total:
         """What a rule, named by its label, keeps of all layers together."""
-        dense = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        ranks = [layer.kept[rule].rank for layer in self.layers]
-        stored = sum(k * (sum(layer.shape) + k) for k, layer in zip(ranks, self.layers, strict=True))
-        energy = sum(layer.kept[rule].energy for layer in self.layers) / len(self.layers)
-        return Total(stored / dense, sum(k * k for k in ranks) / dense, energy)
+        return total_of(self.layers, rule)
+
+
+def total_of(layers: Sequence[LayerSpectrum], rule: str) -> Total:
+    """What a rule, named by its label, keeps of these layers together."""
+    dense = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    ranks = [layer.kept[rule].rank for layer in layers]
+    stored = sum(k * (sum(layer.shape) + k) for k, layer in zip(ranks, layers, strict=True))
+    energy = sum(layer.kept[rule].energy for layer in layers) / len(layers)
+    return Total(stored / dense, sum(k * k for k in ranks) / dense, energy)
 
 
 @torch.no_grad()
@@ -141,16 +157,18 @@ def analyse(subject: Subject, rules: Sequence[RankRule], progress: Progress) -> 
         progress: told after each weight how many operations are done, and of how many.
     """
     chosen = {label_of(rule): rule for rule in rules or (*subject.rules, *DEFAULT_RULES)}
-    layers, left_alone, done = [], dict(subject.left_alone), 0
+    layers, seen, left_alone, done = [], [], dict(subject.left_alone), 0
     total = sum(weight.cost for weight in subject.weights)
     for weight in subject.weights:
         try:
             layers.append(_judged(weight, weight.values(), chosen))
+            if weight.seen is not None:
+                seen.append(_judged(weight, weight.seen(), chosen))
         except FactorizationError as error:
             left_alone[weight.name] = str(error)
         done += weight.cost
         progress(done, total)
-    return Spectra(subject.source, layers, left_alone)
+    return Spectra(subject.source, layers, left_alone, seen, subject.views)
 
 
 def _judged(weight: Weight, values: Tensor, rules: Mapping[str, RankRule]) -> LayerSpectrum:

@@ -9,24 +9,29 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from hpclr.config import RunFile, load_run_file, parse_run_file, yaml12
 from hpclr.config.overrides import parse as parse_override
 from hpclr.config.schema import Target
 from hpclr.config.schema.types import FactoryName
-from hpclr.data import open_dataset
+from hpclr.data import Dataset, open_dataset
 from hpclr.errors import UsageError, usage_errors
-from hpclr.lowrank import RankRule, WeightSite, rank_rule, select
+from hpclr.lowrank import RankRule, WeightSite, load_state_dict, rank_rule, select
 from hpclr.lowrank.factors import FactorizationError
 from hpclr.lowrank.product import Factors
+from hpclr.lowrank.regression import decompose_in
 from hpclr.lowrank.spectra import core_of, singular_values
-from hpclr.models import Samples
-from hpclr.training.assembly import data_files
-from hpclr.training.evaluation import load_checkpoint, malformed_named
+from hpclr.training.assembly import data_files, plain_batches
+from hpclr.training.environment import choose_device
+from hpclr.training.evaluation import load_checkpoint, load_run, malformed_named, subject_of
+from hpclr.training.informed import Sample, sample_of, start
 from hpclr.training.inspection import factored_layers
 from hpclr.training.model import build_model, import_target
+from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
+from hpclr.training.spectrum_data import Asked, Judged, LinearView, judge, labelled_sample
 from hpclr.training.state import from_tree
 from hpclr.training.stored_weights import stored_weights
 from hpclr.training.tasks import task_of
@@ -35,6 +40,7 @@ from hpclr.training.weights import read_stored
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _RUN_FILES = (".yaml", ".yml")
 _SCALES = ("_scale", "_scale_inv")  # by which files call what eight-bit weights are to be multiplied with
+_NO_DATA = Asked()
 _CHOICES = ("include", "exclude", "max_aspect", "keep_first", "keep_last")
 
 
@@ -47,12 +53,14 @@ class Weight:
         shape: (m, n) as a matrix.
         factored: whether it is held as factors.
         values: computes its singular values, descending, float64, on the host.
+        seen: those of W C^½, of the second moment C of its inputs; None where no data is given, or reaches it.
     """
 
     name: str
     shape: tuple[int, int]
     factored: bool
     values: Callable[[], Tensor]
+    seen: Callable[[], Tensor] | None = None
 
     @property
     def cost(self) -> int:
@@ -70,12 +78,14 @@ class Subject:
         weights: in the model's order.
         left_alone: layer → why it stays dense.
         rules: by which its own run file judges.
+        views: what linear maps make of the data, if there is any.
     """
 
     source: str
     weights: Sequence[Weight]
     left_alone: Mapping[str, str]
     rules: Sequence[RankRule] = ()
+    views: Sequence[LinearView] = ()
 
 
 def find_subject(
@@ -85,6 +95,7 @@ def find_subject(
     layers: Sequence[str] = (),
     best: bool = False,
     untrusted: bool = False,
+    asked: Asked = _NO_DATA,
 ) -> Subject:
     """The weights that a word of the user's means.
 
@@ -95,6 +106,7 @@ def find_subject(
         layers: patterns of layer names; none: all.
         best: of a run directory, the best checkpoint on validation instead of the newest.
         untrusted: as `load_checkpoint`.
+        asked: data to judge by; then the model of a checkpoint is built, too.
 
     Raises:
         UsageError: if there is no such thing, it cannot be used, or a pattern matches no layer of it.
@@ -108,16 +120,16 @@ def find_subject(
             "directory, such as runs/digits"
         )
     if not is_there:
-        found = _of_factory(source, settings)
+        found = _of_factory(source, settings, asked)
     elif path.suffix in _RUN_FILES:
-        found = _of_run_file(path, settings)
+        found = _of_run_file(path, settings, asked)
     elif settings:
         raise UsageError(
             f"{source} holds weights, which take no settings, found {settings[0]!r}: settings are for a run file or "
             "for package.module:factory"
         )
     else:
-        found = _of_weights(path, best, untrusted)
+        found = _of_weights(path, best, untrusted, asked)
     return _limited(found, layers)
 
 
@@ -134,6 +146,7 @@ def _limited(subject: Subject, patterns: Sequence[str]) -> Subject:
     return replace(
         subject,
         weights=[weight for weight in subject.weights if wanted(weight.name)],
+        views=[view for view in subject.views if view.name not in names or wanted(view.name)],
         left_alone={name: why for name, why in subject.left_alone.items() if wanted(name)},
     )
 
@@ -141,7 +154,7 @@ def _limited(subject: Subject, patterns: Sequence[str]) -> Subject:
 # --- models that are built -------------------------------------------------------------------------------------------
 
 
-def _of_factory(source: str, settings: Sequence[str]) -> Subject:
+def _of_factory(source: str, settings: Sequence[str], asked: Asked) -> Subject:
     try:
         name: str = msgspec.convert(source, FactoryName)
     except msgspec.ValidationError:
@@ -153,20 +166,37 @@ def _of_factory(source: str, settings: Sequence[str]) -> Subject:
     for setting in settings:
         given = parse_override(setting)
         arguments[".".join(given.path)] = given.document.value
-    return _of_model(source, import_target(Target(target=name, args=arguments)))
+    model = import_target(Target(target=name, args=arguments))
+    if asked.data is None:
+        return _of_model(source, model)
+    precision = Precision("float32", choose_device("auto"))
+    return _of_model(source, model.to(precision.device), (labelled_sample(source, asked), precision))
 
 
-def _of_run_file(path: Path, overrides: Sequence[str]) -> Subject:
+def _of_run_file(path: Path, overrides: Sequence[str], asked: Asked) -> Subject:
     run = load_run_file(path, overrides)
-    model = build_model(run, None if isinstance(run.model, Target) else _samples(run))
+    if asked.data is not None:
+        run = structs.replace(run, data=structs.replace(run.data, path=str(asked.data)))
+    needs_data = asked.data is not None or run.model.init is not None or not isinstance(run.model, Target)
+    dataset = open_dataset(data_files(run)) if needs_data else None
+    model = build_model(run, None if dataset is None else task_of(run, dataset).samples(run.data, dataset))
+    sample = None
+    if dataset is not None and (asked.data is not None or run.model.init is not None):
+        model, sample = _with_samples(run, model, dataset, asked)
     choices = {key: getattr(run.method, key) for key in _CHOICES if hasattr(run.method, key)}
     with usage_errors("method"):
-        return _of_model(str(path), model, rules=_rules_of(run), **choices)
+        return _of_model(str(path), model, sample, rules=_rules_of(run), **choices)
 
 
-def _samples(run: RunFile) -> Samples:
-    dataset = open_dataset(data_files(run))
-    return task_of(run, dataset).samples(run.data, dataset)
+def _with_samples(
+    run: RunFile, model: nn.Module, dataset: Dataset, asked: Asked
+) -> tuple[nn.Module, tuple[Sample, Precision] | None]:
+    """The model as the run starts with it, and what to judge it by, if that is asked for."""
+    precision = Precision(run.train.precision, choose_device(run.train.device))
+    model, batches = model.to(precision.device, precision.dtype), plain_batches(run, dataset, precision.dtype)
+    if run.model.init is not None:
+        start(run, model, sample_of(run, batches))
+    return model, None if asked.data is None else (Sample(batches, asked.samples), precision)
 
 
 def _rules_of(run: RunFile) -> list[RankRule]:
@@ -174,10 +204,34 @@ def _rules_of(run: RunFile) -> list[RankRule]:
     return [] if cutoff is None else [rank_rule(msgspec.to_builtins(cutoff))]
 
 
-def _of_model(source: str, model: nn.Module, *, rules: Sequence[RankRule] = (), **choices: Any) -> Subject:
+def _of_model(
+    source: str,
+    model: nn.Module,
+    sample: tuple[Sample, Precision] | None = None,
+    *,
+    rules: Sequence[RankRule] = (),
+    **choices: Any,
+) -> Subject:
     selection = select(model, **choices)
-    weights = [Weight(site.name, site.shape, site.is_lowrank, _values_of(site)) for site in selection.eligible]
-    return Subject(source, weights, selection.left_alone, rules)
+    judged = Judged({}, ()) if sample is None else judge(source, model, selection.eligible, *sample)
+    weights = [
+        Weight(site.name, site.shape, site.is_lowrank, _values_of(site), _seen_of(site, judged.moments.get(site.name)))
+        for site in selection.eligible
+    ]
+    return Subject(source, weights, selection.left_alone, rules, judged.views)
+
+
+def _seen_of(site: WeightSite, moment: Tensor | None) -> Callable[[], Tensor] | None:
+    if moment is None:
+        return None
+    return lambda: decompose_in(_matrix_of(site), moment).s.cpu()
+
+
+def _matrix_of(site: WeightSite) -> Tensor:
+    if not site.is_lowrank:
+        return _widened(site.core())
+    u, core, vh = map(_widened, site.factors)
+    return (u * core) @ vh if core.ndim == 1 else u @ core @ vh
 
 
 def _values_of(site: WeightSite) -> Callable[[], Tensor]:
@@ -209,9 +263,11 @@ def _name_of(dtype: torch.dtype) -> str:
 # --- weights alone ---------------------------------------------------------------------------------------------------
 
 
-def _of_weights(path: Path, best: bool, untrusted: bool) -> Subject:
+def _of_weights(path: Path, best: bool, untrusted: bool, asked: Asked) -> Subject:
     with reading(path):
         is_checkpoint = path.is_dir() or (path.is_file() and _starts_as_hdf5(path))
+    if asked.data is not None:
+        return _of_checkpoint(path, best, untrusted, asked, is_checkpoint=is_checkpoint)
     if not is_checkpoint:
         return _of_state(str(path), read_stored(path, str(path)).state)
     loaded = load_checkpoint(path, best=best, untrusted=untrusted)
@@ -220,6 +276,21 @@ def _of_weights(path: Path, best: bool, untrusted: bool) -> Subject:
         described = loaded.tree.get("run")
         rules = [] if described is None else _rules_of(parse_run_file(from_tree(described)["yaml"], str(loaded.path)))
     return replace(_of_state(str(loaded.path), state), rules=rules)
+
+
+def _of_checkpoint(path: Path, best: bool, untrusted: bool, asked: Asked, *, is_checkpoint: bool) -> Subject:
+    """Of a model that is built, since data is to go through it."""
+    if not is_checkpoint:
+        raise UsageError(
+            f"{path} holds weights and no model that --data could go through; name a checkpoint or a run directory of "
+            "hpclr, or a run file with this file as model.weights"
+        )
+    loaded, run = load_run(path, best=best, untrusted=untrusted)
+    scored = subject_of(loaded, run, split="train", data=asked.data, trust=asked.trust)
+    with malformed_named(loaded.path):
+        load_state_dict(scored.model, stored_weights(loaded.tree, loaded.path).state)
+    sample = Sample(plain_batches(run, scored.dataset, scored.precision.dtype), asked.samples)
+    return _of_model(str(loaded.path), scored.model, (sample, scored.precision), rules=_rules_of(run))
 
 
 def _starts_as_hdf5(path: Path) -> bool:

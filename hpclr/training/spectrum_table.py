@@ -1,5 +1,6 @@
 """What `hpclr spectrum` has found, for people and for programs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -7,7 +8,8 @@ from rich.table import Table
 
 from hpclr.output import on_one_line
 from hpclr.training.inspection import sparkline
-from hpclr.training.spectrum import LayerSpectrum, Spectra
+from hpclr.training.spectrum import LayerSpectrum, Spectra, total_of
+from hpclr.training.spectrum_data import LinearView
 
 _BARS = 16
 _NAMED = 3  # layers left alone for one reason
@@ -21,7 +23,11 @@ def show_spectra(spectra: Spectra, console: Console | None = None) -> None:
         spectra: of a model.
         console: where to print; None: standard output, as wide as the tables are where it is no terminal.
     """
-    tables = [_spectra(spectra), _ranks(spectra)] if spectra.layers else []
+    tables = (
+        [_spectra(spectra), _ranks("directions that each rule would keep", spectra.layers)] if spectra.layers else []
+    )
+    tables += [_ranks("directions of the outputs that each rule would keep", spectra.seen)] if spectra.seen else []
+    tables += [_views(spectra.views)] if spectra.views else []
     tables += [_left_alone(spectra)] if spectra.left_alone else []
     console = console or _console(tables or [Table()])
     for table in tables:
@@ -61,20 +67,41 @@ def _numbers(layer: LayerSpectrum) -> tuple[str, ...]:
     )
 
 
-def _ranks(spectra: Spectra) -> Table:
-    table = Table(title="directions that each rule would keep", title_justify="left")
+def _ranks(title: str, layers: Sequence[LayerSpectrum]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("layer")
     table.add_column("of", justify="right")
-    for rule in spectra.rules:
+    rules = list(layers[0].kept)
+    for rule in rules:
         table.add_column(_heading(rule), justify="right")
-    for layer in spectra.layers:
+    for layer in layers:
         table.add_row(on_one_line(layer.name), str(min(layer.shape)), *map(str, layer.ranks.values()))
     table.add_section()
-    totals = [spectra.total(rule) for rule in spectra.rules]
+    totals = [total_of(layers, rule) for rule in rules]
     table.add_row("parameters stored", "", *(f"{total.stored:.1%}" for total in totals))
     table.add_row("parameters trained", "", *(f"{total.trained:.1%}" for total in totals))
     table.add_row("energy, mean", "", *(f"{total.energy:.1%}" for total in totals))
     return table
+
+
+def _views(views: Sequence[LinearView]) -> Table:
+    table = Table(title="the targets as linear maps of the inputs", title_justify="left")
+    for column in ("of", "inputs", "outputs", "rank", "explained", "hidden units"):
+        table.add_column(column, justify="left" if column in ("of", "hidden units") else "right")
+    for view in views:
+        rank = "–" if view.rank is None else str(view.rank)
+        table.add_row(
+            on_one_line(view.name), str(view.inputs), str(view.outputs), rank, f"{view.explained:.1%}", _units(view)
+        )
+    return table
+
+
+def _units(view: LinearView) -> str:
+    """Widths with the activations that need them."""
+    widths: dict[int, list[str]] = {}
+    for name, width in view.units.items():
+        widths.setdefault(width, []).append(name)
+    return ", ".join(f"{width} ({', '.join(names)})" for width, names in widths.items() if width)
 
 
 def _heading(rule: str) -> str:
@@ -102,7 +129,19 @@ def as_plain(spectra: Spectra) -> dict[str, Any]:
         "rules": {rule: vars(spectra.total(rule)) for rule in spectra.rules},
         "layers": [_plain(layer) for layer in spectra.layers],
         "left_alone": dict(spectra.left_alone),
+    } | ({"outputs": _outputs(spectra), "linear": list(map(_view, spectra.views))} if spectra.with_data else {})
+
+
+def _outputs(spectra: Spectra) -> dict[str, Any]:
+    keys = ("name", "shape", "kept", "singular_values")
+    return {
+        "rules": {rule: vars(total_of(spectra.seen, rule)) for rule in spectra.rules} if spectra.seen else {},
+        "layers": [{key: _plain(layer)[key] for key in keys} for layer in spectra.seen],
     }
+
+
+def _view(view: LinearView) -> dict[str, Any]:
+    return vars(view) | {"units": view.units}
 
 
 def _plain(layer: LayerSpectrum) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpclr.checkpoint import Json, Tree
 from hpclr.errors import UsageError
-from hpclr.lowrank.adapters import AdaptedWeight, adapter_names, check_adapters, is_of_adapter, merged_state_dict
+from hpclr.lowrank.adapters import AdaptedWeight, adapter_names, check_adapters, looks_adapted, merged_state_dict
 from hpclr.lowrank.interchange import FactoredWeight, check_factors, looks_factored
 
 Layers = dict[str, FactoredWeight]
@@ -17,12 +17,13 @@ Adapters = dict[str, AdaptedWeight]
 
 
 class StoredWeights(NamedTuple):
-    """A state dict, which of its entries are factors or adapters of what, and whether they are averages."""
+    """A state dict, which of its entries are factors or adapters of what, whether they are averages, and merged."""
 
     state: dict[str, Tensor]
     layers: Layers
     adapters: Adapters
     averaged: bool
+    merged: bool = False
 
 
 def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool = True) -> StoredWeights:
@@ -56,7 +57,7 @@ def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool 
         state[name] = value.to(state[name].dtype)
     adapters = _adapters(tree, state, path)
     if adapters and merge:
-        return StoredWeights(_merged(state, adapters, path), layers, {}, bool(averages))
+        return StoredWeights(_merged(state, adapters, path), layers, {}, bool(averages), merged=True)
     return StoredWeights(state, layers, adapters, bool(averages))
 
 
@@ -64,7 +65,7 @@ def _adapters(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Adapters:
     try:
         adapters: Adapters = msgspec.convert(_json(tree, "adapters") or {}, Adapters)
         check_adapters(state, adapters)
-        if spare := set(filter(is_of_adapter, state)) - set(adapter_names(adapters)):
+        if spare := set(looks_adapted(state)) - set(adapter_names(adapters)):
             raise ValueError(f"expected a description of every adapter, found none of {', '.join(sorted(spare)[:3])}")
     except ValueError as error:
         raise UsageError(

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
+from hpclr.config.schema import OIALR_AUTO, Oialr
 from hpclr.lowrank import Summary, summarize
 from hpclr.lowrank.adapters import adapter_state_dict
 from hpclr.training.assembly import Assembly
@@ -34,11 +36,21 @@ def summary_of(parts: Assembly, position: Position, test: Score, cost: Mapping[s
         "seconds": round(position.seconds, 2),
         "test": {**test.values, "samples": test.samples},
         "best_validation": {**position.best_scores, "step": position.best_step},
+        "auto": _auto(parts),
         "adapter_bytes": _adapter_bytes(parts),
         "sizes": sizes.as_dict() | {"flops_samples": len(example)},
         "cost": dict(cost),
         "layers": [asdict(layer) for layer in sizes.layers],
     }
+
+
+def _auto(parts: Assembly) -> dict[str, Any] | None:
+    """What `method.auto` has decided: its settings, and at which step each layer froze; None without it."""
+    section = parts.run.method
+    if not isinstance(section, Oialr) or not section.auto:
+        return None
+    settings = {key: msgspec.to_builtins(getattr(section, key)) for key in OIALR_AUTO}
+    return {**settings, "frozen_at": getattr(parts.method, "frozen_at", {})}
 
 
 def _adapter_bytes(parts: Assembly) -> int | None:

@@ -16,7 +16,7 @@ from hpclr.checkpoint.sandbox import Item, Survey, examine
 from hpclr.checkpoint.store import CheckpointStore
 from hpclr.config import parse_run_file
 from hpclr.errors import UsageError
-from hpclr.lowrank.adapters import AdaptedWeight, check_adapters, rank_stored
+from hpclr.lowrank.adapters import AdaptedWeight, adapter_names, check_adapters, looks_adapted, rank_stored
 from hpclr.lowrank.interchange import fits
 from hpclr.training.run_directory import reading
 
@@ -208,6 +208,12 @@ class _Facts:
         """The layers with adapters by name."""
         return self.value(dict[str, AdaptedWeight], "adapters") or {}
 
+    @cached_property
+    def undescribed(self) -> list[str]:
+        """Parameters of adapters, by their names, of which it is not said what they adapt."""
+        known = set(adapter_names(self.adapters))
+        return [name for name in looks_adapted(self.model) if name not in known]
+
     def _layers_by_names(self) -> dict[str, _Layer]:
         named = [match for name in self.model if (match := re.fullmatch(r"((?:.*[._])?)(?:sigma|s)", name))]
         whole = {match[1]: match[0] for match in named if {match[1] + "u", match[1] + "vh"} <= self.model.keys()}
@@ -285,6 +291,8 @@ def _fit(shapes: list[Shape | None], layer: _Layer) -> bool:
 
 
 def _adapters(facts: _Facts) -> Iterator[str]:
+    if facts.undescribed:
+        yield f"expected a description of every adapter in 'adapters', found none of {_named(facts.undescribed)}"
     if facts.adapters:
         import torch
 
@@ -298,7 +306,7 @@ def _adapters(facts: _Facts) -> Iterator[str]:
 
 def _ranks(facts: _Facts) -> Iterator[str]:
     """The method must remember exactly the layers that are there, each with its rank."""
-    if facts.ranks is None:
+    if facts.ranks is None or facts.undescribed:
         return
     tied = facts.value(dict[str, str], "tied") or {}
     sigmas = {name: layer.factors[1] for name, layer in facts.layers.items() if layer.factors[1] not in tied}

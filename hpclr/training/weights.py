@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from hpclr.checkpoint import load_file
 from hpclr.checkpoint.digest import sidecar_of
 from hpclr.errors import UsageError
+from hpclr.lowrank.adapters import looks_adapted
 from hpclr.lowrank.interchange import dense_state_dict
 from hpclr.training.stored_weights import Layers, parse_layers, stored_weights
 
@@ -37,6 +38,8 @@ def load_initial_weights(model: nn.Module, file: str, keep: Sequence[str] = ()) 
     """
     where = f"model.weights: {file}"
     found, own = read_weights(Path(file), where), model.state_dict(keep_vars=True)
+    if looks_adapted(found):
+        raise UsageError(_adapter_alone(where))
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in (*own, *found)):
             raise UsageError(
@@ -85,7 +88,7 @@ def read_stored(path: Path, where: str) -> Stored:
         with path.open("rb") as file:
             start = file.read(9)
         if start.startswith(_HDF5):
-            return _read_hdf5(path)
+            return _read_hdf5(path, where)
         if start[8:] == b"{":  # after the length of the header, whose bytes may be any
             return _read_safetensors(path, where)
         if start.startswith((_ZIP, _PICKLE)):
@@ -98,10 +101,20 @@ def read_stored(path: Path, where: str) -> Stored:
     )
 
 
-def _read_hdf5(path: Path) -> Stored:
+def _read_hdf5(path: Path, where: str) -> Stored:
     tree = load_file(path, verify=sidecar_of(path).exists()).tree
+    if "adapter" in tree and "model" not in tree:
+        raise UsageError(_adapter_alone(where))
     stored = stored_weights(tree, path)
     return Stored(stored.state, stored.layers)
+
+
+def _adapter_alone(where: str) -> str:
+    return (
+        f"{where}: it has an adapter, which is trained beside weights, not in their place. Give the merged weights "
+        "(`hpclr export RUN merged.safetensors`), or those under the adapter, and load that onto the model with "
+        "hpclr.load_adapter"
+    )
 
 
 def _read_safetensors(path: Path, where: str) -> Stored:

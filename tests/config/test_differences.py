@@ -69,6 +69,8 @@ def test_steps_may_grow_but_not_shrink():
         "validation.every_steps=7",
         "checkpoint.every=10",
         "checkpoint.keep_best=false",
+        "track.tensorboard=true",
+        "track=null",
     ],
 )
 def test_what_may_change_is_not_listed(override):

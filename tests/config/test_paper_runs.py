@@ -24,7 +24,7 @@ def steps_of_epoch(run: RunFile) -> int:
 def parameters(file: str, channels: int, pixels: int, classes: int) -> int:
     """The size of a run file's model, built without memory."""
     options = msgspec.structs.asdict(load_run_file(DIRECTORY / file).model)
-    for key in ("weights", "weights_except"):
+    for key in ("init", "weights", "weights_except"):
         del options[key]
     with torch.device("meta"):
         samples = models.Samples("classification", (channels, pixels, pixels), (classes,))

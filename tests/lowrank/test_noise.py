@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hpclr.lowrank import Energy, GavishDonoho, MarchenkoPastur, densify, factorize
-from hpclr.lowrank.noise import bulk, detection_threshold, noise_edge, outlier, shrunk
+from hpclr.lowrank.noise import bulk, detection_threshold, noise_edge, outlier, shrunk, strength
 from hpclr.lowrank.spectra import decompose
 
 SHAPE = (400, 1200)
@@ -51,6 +51,14 @@ def test_prediction_in_the_units_of_the_literature(x, value, short, long):
     assert (found.left, found.right) == pytest.approx((short, long), abs=1e-3)
     assert found.left == pytest.approx((x**4 - beta) / (x**4 + beta * x**2))
     assert found.right == pytest.approx((x**4 - beta) / (x**4 + x**2))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_signal_is_told_from_what_is_seen(shape):
+    threshold = detection_threshold(shape)
+    strengths = [threshold * factor for factor in (1.01, 1.5, 4.0, 1e4)]
+    assert [strength(outlier(x, shape).value, shape) for x in strengths] == pytest.approx(strengths, rel=1e-6)
+    assert strength(bulk(shape)[1], shape) == strength(0.5 * bulk(shape)[0], shape) == 0
 
 
 @pytest.mark.parametrize("x", [1.5, 1.0])

@@ -11,7 +11,7 @@ import torch
 from small_runs import batch, frobenius, idle, matrices, mlp, stack, train_step, with_spectrum
 from torch import nn
 
-from hpclr import EMA, OIALR, Cuttlefish, FixedRank, SVDTraining, Truncate, densify, factorize
+from hpclr import EMA, OIALR, Cuttlefish, FixedRank, Nested, SVDTraining, Truncate, densify, factorize
 from hpclr.lowrank.factors import stable_rank
 from hpclr.lowrank.ranks import Energy
 from hpclr.methods.random_start import random_product
@@ -25,6 +25,7 @@ METHODS = {
     "cuttlefish": lambda model, optimizer, **s: Cuttlefish(
         model, optimizer, **({"every": 1, "delay": 3, "window": 3} | s)
     ),
+    "nested": lambda model, optimizer, **s: Nested(model, optimizer, **({"delay": 0, "fractions": (0.5, 0.25)} | s)),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
@@ -636,6 +637,11 @@ CASES = {
     "cuttlefish": (
         lambda m, o: Cuttlefish(m, o, every=2, delay=5, window=2, frobenius_decay=0.01, min_rank=0.2),
         "Adam",
+    ),
+    "nested": (lambda m, o: Nested(m, o, fractions=(0.5, 0.25, 0.1), delay=3, seed=5), "Adam"),
+    "nested, a layer at a time": (
+        lambda m, o: Nested(m, o, delay=0, fractions=(0.5, 0.2), draw="layer", frobenius_decay=0.01),
+        "SGD",
     ),
     "cuttlefish, flat": (lambda m, o: Cuttlefish(m, o, every=2, delay=99, window=2, flatness=9.0), "SGD"),
 }

@@ -22,6 +22,7 @@ METHODS = {
     "truncate": {"name": "truncate", "at": 5, "rank": 0.5},
     "truncate by rule": {"name": "truncate", "at": 5, "rank": {"rule": "energy", "share": 0.9}},
     "cuttlefish": {"name": "cuttlefish", "every": 2, "delay": 10, "window": 3},
+    "nested": {"name": "nested", "delay": 5, "fractions": [0.5, 0.25]},
     "svd_training": {"name": "svd_training", "sparsity": 0.01, "prune_at": 8},
     "svd_training spatial": {"name": "svd_training", "sparsity": 0.01, "prune_at": 8, "decomposition": "spatial"},
 }

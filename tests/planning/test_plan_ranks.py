@@ -25,7 +25,7 @@ def test_a_path_has_every_step_once(method, steps):
     assert path.stages[-1].last == steps
     assert all(a.last == b.first and a.ranks != b.ranks for a, b in pairwise(path.stages))
     assert len(path.stages) <= MOST_STAGES
-    assert path.known == (method in ("dense", "fixed_rank", "truncate"))
+    assert path.known == (method in ("dense", "fixed_rank", "truncate", "nested"))
 
 
 @pytest.mark.parametrize(("delay", "every"), [(6, 3), (7, 3), (0, 5), (2, 5), (12, 1)])

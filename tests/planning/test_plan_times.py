@@ -4,12 +4,15 @@ import json
 from pathlib import Path as FilePath
 
 import pytest
+import torch
 from planning_helpers import DENSE, METHODS, OIALR, VIT, counts_of, hpclr, run_of, written
 
 from hpclr.planning.asking import Wishes, planned
 from hpclr.planning.counting import Share, share_of
 from hpclr.planning.estimate import break_even
+from hpclr.planning.forms import Layer
 from hpclr.planning.hardware import TABLE, hardware_of
+from hpclr.planning.measuring import CHECK_FACTORS, _check_range
 from hpclr.planning.pace import AssumedPace, MeasuredPace, Timed
 from hpclr.planning.page import between, number, round_to_two
 from hpclr.planning.ranks import Path, Stage
@@ -118,6 +121,17 @@ def test_between_measured_forms_time_goes_with_operations_and_samples():
     assert seconds(120, 5) == (3.0, 0.2)
     assert seconds(70, 3) == pytest.approx((2.0, 0.1))
     assert seconds(10, 1, samples=4) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(96, 48), (8, 200), (1, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_check_of_any_layer_is_measured(shape, dtype):
+    layer = Layer("a", shape, 1, None)
+    found = _check_range([layer], torch.device("cpu"), dtype)
+    assert found.measured
+    fast, slow = (pace.seconds([layer], {}) for pace in (found.fast, found.slow))
+    assert 0 < fast / CHECK_FACTORS[0] == pytest.approx(slow / CHECK_FACTORS[1])
+    assert found.fast.seconds([layer] * 2, {"a": 1}) == pytest.approx(2 * found.fast.each, rel=0.5)
 
 
 def test_what_the_user_knows_better():

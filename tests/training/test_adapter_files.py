@@ -12,6 +12,7 @@ from hpclr import SARA, load_adapter, save_adapter
 from hpclr.errors import UsageError
 from hpclr.lowrank.adapters import adapted_weights, merged_state_dict
 from hpclr.lowrank.factors import LowRankWarning
+from hpclr.parallel import Replica
 from hpclr.training.fingerprints import fingerprints
 
 
@@ -164,3 +165,34 @@ def test_a_merge_beyond_float16_is_refused():
     assert not model[0].is_merged
     with pytest.raises(ValueError, match=r"'2\.weight' holds numbers up to .* too large for float16"):
         merged_state_dict(model.state_dict(), adapted_weights(model))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "h5"])
+def test_a_normalisation_layer_that_is_used_twice(suffix, tmp_path):
+    def twice():
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(6)
+        return nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 6), norm, nn.Linear(6, 3))
+
+    model, other, file = twice(), twice(), tmp_path / f"a.{suffix}"
+    SARA(model, proportion=0.5)
+    model(5 + torch.randn(16, 6))
+    save_adapter(model, file)
+    load_adapter(other, file)
+    assert torch.equal(other[3].running_mean, model[1].running_mean)
+    assert other[1].running_mean is other[3].running_mean
+
+
+@pytest.mark.parametrize("wrapper", [Replica, torch.compile])
+def test_names_are_those_inside_a_wrapper(wrapper, tmp_path):
+    model, plain, wrapped, file = fresh(), fresh(), wrapper(fresh()), tmp_path / "a.safetensors"
+    outside = wrapper(model)
+    SARA(outside, proportion=0.5)
+    model[0].sara_b.data.normal_()
+    save_adapter(outside, file)
+    assert "0.sara_a" in load_file(file)
+    load_adapter(plain, file)
+    load_adapter(wrapped, file)
+    inside = getattr(wrapped, "_orig_mod", None) or wrapped.module
+    for other in (plain, inside):
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())

@@ -42,3 +42,37 @@ def test_names_in_the_groups_follow():
     (group,) = optimizer.param_groups
     named = dict(model.named_parameters())
     assert [id(named[name]) for name in group["param_names"]] == [id(p) for p in group["params"]]
+
+
+def _used_twice():
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.Conv2d(4, 3, 1)),
+            r"dilation.*\(2, 2\)",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), nn.Conv1d(4, 3, 1)),
+            "'circular'",
+        ),
+        (_used_twice, "in 2 places"),
+    ],
+)
+def test_layers_of_which_peft_would_not_compute_the_merged_weight_are_refused(make, said):
+    model = make()
+    before = list(model.named_parameters())
+    with pytest.raises(ValueError, match=f"layer '0' cannot be given LoRA: .*{said}.*exclude"):
+        LoRA(model, torch.optim.SGD(model.parameters(), 0.1), Lora(rank=2), 0)
+    after = dict(model.named_parameters())
+    assert [(name, id(p)) for name, p in before] == [(name, id(p)) for name, p in after.items()]
+
+
+def test_a_model_that_is_a_single_layer_is_refused():
+    model = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match="here it is the whole model"):
+        LoRA(model, torch.optim.SGD(model.parameters(), 0.1), Lora(rank=2, keep_last=False), 0)

@@ -1,4 +1,4 @@
-"""Runs with `method: {name: truncate|fixed_rank|cuttlefish}`: resumed to the bit, on two processes, looked at."""
+"""Runs with `method: {name: truncate|fixed_rank|cuttlefish|nested}`: resumed to the bit, on two processes, seen."""
 
 import re
 
@@ -12,7 +12,8 @@ STRICT = {"timeout": 30, "verify_every": 1}
 TRUNCATE = {"name": "truncate", "at": 0.5, "rank": 0.3}
 FIXED = {"name": "fixed_rank", "rank": 0.3, "frobenius_decay": 0.001}
 CUTTLEFISH = {"name": "cuttlefish", "every": 2, "delay": 6, "window": 3, "frobenius_decay": 0.001}
-METHODS = {"truncate": TRUNCATE, "fixed_rank": FIXED, "cuttlefish": CUTTLEFISH}
+NESTED = {"name": "nested", "fractions": [0.6, 0.3, 0.1], "delay": 4}
+METHODS = {"truncate": TRUNCATE, "fixed_rank": FIXED, "cuttlefish": CUTTLEFISH, "nested": NESTED}
 DECAYING = {"name": "adamw", "lr": 0.02, "weight_decay": 0.1}
 CASES = {
     "truncate by a rule, average": (
@@ -26,6 +27,14 @@ CASES = {
             "train": {"micro_batch": 24, "clip_norm": 0.5, "precision": "bf16"},
         },
         (0, 4),
+    ),
+    "nested by layers, accumulation, average": (
+        {
+            "method": NESTED | {"draw": "layer", "nesting": "sequential"},
+            "optimizer": DECAYING,
+            "train": {"micro_batch": 24, "ema": 0.8},
+        },
+        (0, 4, 7),
     ),
     "cuttlefish, Frobenius decay, average": (
         {

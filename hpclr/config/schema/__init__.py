@@ -7,8 +7,8 @@ the first field of such a class is a `Literal` that tells the kinds apart.
 
 from hpclr.config.schema.adapters import Edora, Lora, MoSara, Sara
 from hpclr.config.schema.data import Data
-from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
-from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
+from hpclr.config.schema.method import OIALR_AUTO, Cuttlefish, Dense, FixedRank, Nested, Oialr, SvdTraining, Truncate
+from hpclr.config.schema.model import FactorsInit, Gpt2, Mlp, Patchtst, Resnet, SvdInit, Target, Vgg, Vit
 from hpclr.config.schema.optimization import Constant, Cosine, OneCycle, Optimizer, Step
 from hpclr.config.schema.rules import (
     EnergyRule,
@@ -22,6 +22,7 @@ from hpclr.config.schema.run import Checkpoint, Mlflow, Parallel, RunFile, Slurm
 from hpclr.config.schema.types import RunName, Section, doc
 
 __all__ = [
+    "OIALR_AUTO",
     "Checkpoint",
     "Constant",
     "Cosine",
@@ -30,6 +31,7 @@ __all__ = [
     "Dense",
     "Edora",
     "EnergyRule",
+    "FactorsInit",
     "FixedRank",
     "GavishDonohoRule",
     "Gpt2",
@@ -38,6 +40,7 @@ __all__ = [
     "Mlflow",
     "Mlp",
     "MoSara",
+    "Nested",
     "Oialr",
     "OneCycle",
     "Optimizer",
@@ -53,6 +56,7 @@ __all__ = [
     "StableRankRule",
     "Step",
     "SumProportionRule",
+    "SvdInit",
     "SvdTraining",
     "Target",
     "Track",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
+from msgspec.structs import fields, force_setattr
 
 from hpclr.config.schema.rules import (
     EnergyRule,
@@ -19,7 +21,9 @@ from hpclr.config.schema.types import (
     BetweenZeroAndOne,
     Count,
     Interval,
+    IntervalUnlessDecided,
     Moment,
+    MomentUnlessDecided,
     NonNegative,
     Positive,
     Section,
@@ -53,8 +57,17 @@ class Oialr(Section, kw_only=True, frozen=True):
     """Orthogonality-Informed Adaptive Low-Rank training (arXiv 2401.08505)."""
 
     name: Annotated[Literal["oialr"], doc("This method.")] = "oialr"
-    delay: Annotated[Moment, doc("When weights become low-rank; with `freeze: stable` the latest moment.")]
-    every: Annotated[Interval, doc("Between one check of the ranks and the next.")]
+    auto: Annotated[
+        bool,
+        doc("Decide `delay`, `every` and all else that one would tune; see [methods](methods.md#without-settings)."),
+    ] = False
+    delay: Annotated[
+        MomentUnlessDecided,
+        doc("When weights become low-rank; with `freeze: stable` the latest moment. Needed unless `auto` is true."),
+    ] = None
+    every: Annotated[
+        IntervalUnlessDecided, doc("Between one check of the ranks and the next. Needed unless `auto` is true.")
+    ] = None
     cutoff: Annotated[
         BetweenZeroAndOne | RankRule,
         doc("Which singular values stay: those from β times the largest up, or a rank rule."),
@@ -86,6 +99,60 @@ class Oialr(Section, kw_only=True, frozen=True):
     heat_rank: Annotated[
         Share, doc("Share of a layer's smaller side that `svd: heat` finds; what is beyond is lost at conversion.")
     ] = 0.5
+
+    needed_unless: ClassVar[Mapping[str, tuple[str, ...]]] = {"auto": ("delay", "every")}
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> None:
+        """Raises ValueError for a key that `auto` decides; that it is its default is no excuse, its decision is one."""
+        clashes = [key for key, value in OIALR_AUTO.items() if given.get("auto") and given.get(key, value) != value]
+        if clashes:
+            raise ValueError(
+                f"method.auto: true decides {', '.join(OIALR_AUTO)} itself, but {', '.join(clashes)} "
+                f"{'is' if len(clashes) == 1 else 'are'} given; leave {', '.join(clashes)} out, or method.auto"
+            )
+
+    def __post_init__(self) -> None:
+        if self.auto:
+            self._decide()
+        missing = [f"method.{key}" for key in self.needed_unless["auto"] if getattr(self, key) is None]
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give a number of steps, or a "
+                "fraction of the run below 1, or leave it to method.auto: true"
+            )
+
+    def _decide(self) -> None:
+        """Puts in what `auto` decides, so that whoever reads the run file sees it."""
+        self.check_given(_changed(self))
+        if self.svd == "heat" and self.heat_rank <= 0.5:
+            raise ValueError(
+                "method.auto: true takes the noise of a weight from its median singular value, but of those "
+                f"svd: heat finds the largest {self.heat_rank:.0%} only; give method.heat_rank: 0.6 or more"
+            )
+        for key, value in OIALR_AUTO.items():
+            force_setattr(self, key, value)
+
+
+def _changed(section: Section) -> dict[str, Any]:
+    """Keys with values that are not the defaults."""
+    found = {field.name: (getattr(section, field.name), field.default) for field in fields(section)}
+    return {key: value for key, (value, default) in found.items() if value != default}
+
+
+# What `hpclr.methods.auto.AUTO` says too: neither room knows the other, and a test compares them.
+OIALR_AUTO: Mapping[str, Any] = {
+    "delay": 0.6,
+    "every": 0.05,
+    "cutoff": MarchenkoPasturRule(),
+    "layer_fraction": 1.0,
+    "max_cut": 1.0,
+    "keep_first": True,
+    "freeze": "stable",
+    "stability_threshold": 0.99,
+    "convert": "when_it_pays",
+    "sigma_lr": 2.0,
+}
 
 
 class SvdTraining(Section, kw_only=True, frozen=True):
@@ -139,6 +206,31 @@ class FixedRank(Section, kw_only=True, frozen=True):
         Literal["spectral", "random"],
         doc("Start from the truncated decomposition of the initial weight, or from normal factors of its norm."),
     ] = "spectral"
+    frobenius_decay: FrobeniusDecay = None
+    max_aspect: MaxAspect = 10.0
+    keep_first: KeepFirst = False
+    keep_last: KeepLast = True
+    include: Include = None
+    exclude: Exclude = ()
+
+
+class Nested(Section, kw_only=True, frozen=True):
+    """Two factors A B whose directions are put into order, so that one checkpoint serves at every rank."""
+
+    name: Annotated[Literal["nested"], doc("This method.")] = "nested"
+    delay: Annotated[Moment, doc("When weights become factors; until then they train dense.")]
+    fractions: Annotated[
+        Annotated[tuple[Share, ...], Meta(min_length=1)],
+        doc("The ranks to nest, as shares of a layer's smaller side; the largest is kept."),
+    ] = (1.0, 0.5, 0.25, 0.125)
+    weights: Annotated[
+        tuple[Positive, ...] | None, doc("How often each of them is drawn, in proportion; null: equally often.")
+    ] = None
+    nesting: Annotated[
+        Literal["joint", "sequential"],
+        doc("Whether all directions that take part in a step get gradients, or only those that a lower rank lacks."),
+    ] = "joint"
+    draw: Annotated[Literal["model", "layer"], doc("A rank for all layers in each step, or for one of them.")] = "model"
     frobenius_decay: FrobeniusDecay = None
     max_aspect: MaxAspect = 10.0
     keep_first: KeepFirst = False

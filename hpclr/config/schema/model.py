@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from hpclr.config.schema.types import BelowOne, Count, FactoryName, FilePath, Positive, Section, doc
+from hpclr.config.schema.types import BelowOne, Count, FactoryName, FilePath, NonNegative, Positive, Section, doc
 
 Weights = Annotated[
     FilePath | None,
@@ -15,6 +15,33 @@ WeightsExcept = Annotated[
 ]
 
 
+Samples = Annotated[Count, doc("How many samples to look at, in the order of the first epoch; at most all.")]
+
+
+class SvdInit(Section, kw_only=True, frozen=True):
+    """Start as the best linear map of a sample of the training data, or from the best factors for it."""
+
+    name: Annotated[Literal["svd"], doc("This kind of start.")] = "svd"
+    samples: Samples = 10000
+    ridge: Annotated[NonNegative, doc("Ridge of the regression, as a share of the mean variance of the inputs.")] = 1e-3
+    scale: Annotated[
+        Positive, doc("c, for tanh: the values it is given have a standard deviation of at most 1/c at the start.")
+    ] = 3.0
+
+
+class FactorsInit(Section, kw_only=True, frozen=True):
+    """Start from the best factors for a sample of the training data."""
+
+    name: Annotated[Literal["svd"], doc("This kind of start.")] = "svd"
+    samples: Samples = 10000
+
+
+Init = Annotated[
+    Literal["svd"] | FactorsInit | None,
+    doc("`svd`: factors of a fixed rank start as the best for a sample of the data; null: as the method says."),
+]
+
+
 class Mlp(Section, kw_only=True, frozen=True):
     """A multilayer perceptron on the flattened sample."""
 
@@ -22,6 +49,10 @@ class Mlp(Section, kw_only=True, frozen=True):
     hidden: Annotated[tuple[Count, ...], doc("Width of each hidden layer.")] = (256, 256)
     activation: Annotated[Literal["relu", "gelu", "tanh"], doc("Between the layers.")] = "relu"
     dropout: Annotated[BelowOne, doc("Probability of dropping a hidden activation.")] = 0.0
+    init: Annotated[
+        Literal["svd"] | SvdInit | None,
+        doc("`svd`: start from a sample of the data (docs/informed-starts.md); null: as torch and the seed say."),
+    ] = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -39,6 +70,7 @@ class Vit(Section, kw_only=True, frozen=True):
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.0
     qkv_bias: Annotated[bool, doc("Whether the query, key and value projection has a bias.")] = True
     pool: Annotated[Literal["mean", "cls"], doc("Mean over the patches, or a class token.")] = "mean"
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -49,6 +81,7 @@ class Vgg(Section, kw_only=True, frozen=True):
     name: Annotated[Literal["vgg16"], doc("This kind of model.")] = "vgg16"
     width: Annotated[Positive, doc("Factor on the number of channels of every layer.")] = 1.0
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation before the head.")] = 0.0
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -58,6 +91,7 @@ class Resnet(Section, kw_only=True, frozen=True):
 
     name: Annotated[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"], doc("This kind of model.")]
     width: Annotated[Count, doc("Channels of the first stage; the next have 2 and 4 times as many.")] = 16
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -76,6 +110,7 @@ class Patchtst(Section, kw_only=True, frozen=True):
         Literal["batch", "layer"], doc("Normalisation: over all patches of a batch, or of each by itself.")
     ] = "batch"
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.1
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -88,6 +123,7 @@ class Gpt2(Section, kw_only=True, frozen=True):
     depth: Annotated[Count, doc("Number of transformer blocks.")] = 4
     heads: Annotated[Count, doc("Attention heads in each block.")] = 4
     dropout: Annotated[BelowOne, doc("Probability of dropping an activation.")] = 0.0
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()
 
@@ -97,5 +133,6 @@ class Target(Section, kw_only=True, frozen=True):
 
     target: Annotated[FactoryName, doc("What to import and call; takes the place of `name`.")]
     args: Annotated[dict[str, Any], doc("Keyword arguments of the call.")] = {}  # noqa: RUF012 - msgspec copies it
+    init: Init = None
     weights: Weights = None
     weights_except: WeightsExcept = ()

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from hpclr.config.schema.adapters import Edora, Lora, MoSara, Sara
 from hpclr.config.schema.data import Data
-from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Oialr, SvdTraining, Truncate
+from hpclr.config.schema.method import Cuttlefish, Dense, FixedRank, Nested, Oialr, SvdTraining, Truncate
 from hpclr.config.schema.model import Gpt2, Mlp, Patchtst, Resnet, Target, Vgg, Vit
 from hpclr.config.schema.optimization import Constant, Cosine, OneCycle, Optimizer, Step
 from hpclr.config.schema.types import (
@@ -178,7 +178,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     optimizer: Annotated[Optimizer, doc("How the weights move.")]
     schedule: Annotated[Constant | Cosine | Step | OneCycle, doc("The learning rate's course.")] = Constant()
     method: Annotated[
-        Dense | Oialr | SvdTraining | Truncate | FixedRank | Cuttlefish | Sara | MoSara | Edora | Lora,
+        Dense | Oialr | SvdTraining | Truncate | FixedRank | Cuttlefish | Nested | Sara | MoSara | Edora | Lora,
         doc("Whether and how the weights become low-rank."),
     ] = Dense()
     train: Annotated[Train, doc("How long the run is, and its arithmetic.")]
@@ -186,7 +186,7 @@ class RunFile(Section, kw_only=True, frozen=True):
     checkpoint: Annotated[Checkpoint, doc("When the run is saved.")] = Checkpoint()
     parallel: Annotated[Parallel, doc("How many processes work together.")] = Parallel()
     slurm: Annotated[Slurm, doc("How a run leaves a job that is about to end.")] = Slurm()
-    track: Annotated[Track, doc("Which programs show the run while it trains.")] = Track()
+    track: Annotated[Track | None, doc("Which programs show the run while it trains; null: none.")] = Track()
 
     def __post_init__(self) -> None:
         micro, batch = self.train.micro_batch, self.data.batch_size

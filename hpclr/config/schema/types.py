@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -13,14 +14,12 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 BetweenZeroAndOne = Annotated[float, Meta(gt=0, lt=1)]
-Moment = Annotated[
-    Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0, lt=1)],
-    Meta(title="a whole number of steps >= 0, or a fraction of the run >= 0 and < 1"),
-]
-Interval = Annotated[
-    Annotated[int, Meta(ge=1)] | Annotated[float, Meta(gt=0, lt=1)],
-    Meta(title="a whole number of steps >= 1, or a fraction of the run > 0 and < 1"),
-]
+_MOMENT = Meta(title="a whole number of steps >= 0, or a fraction of the run >= 0 and < 1")
+_INTERVAL = Meta(title="a whole number of steps >= 1, or a fraction of the run > 0 and < 1")
+Moment = Annotated[Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0, lt=1)], _MOMENT]
+Interval = Annotated[Annotated[int, Meta(ge=1)] | Annotated[float, Meta(gt=0, lt=1)], _INTERVAL]
+MomentUnlessDecided = Annotated[Moment | None, _MOMENT]  # null: another key decides it
+IntervalUnlessDecided = Annotated[Interval | None, _INTERVAL]
 RunName = Annotated[
     str,
     Meta(
@@ -53,4 +52,14 @@ def doc(text: str) -> Meta:
 
 
 class Section(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A mapping of the run file whose keys are known."""
+    """A mapping of the run file whose keys are known.
+
+    Attributes:
+        needed_unless: a key → the keys that must be there unless it is true.
+    """
+
+    needed_unless: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> None:
+        """Raises ValueError if keys that the run file gives, defaults or not, exclude one another."""

@@ -1,0 +1,165 @@
+"""What goes into the layers of a model: the second moments of their inputs, over data.
+
+Of a layer with the matrix W (m×n) they are C = E[x xᵀ] (n×n), over all rows x that W is multiplied with: those of a
+batch, of sequences, of images × output positions × groups. What an error ΔW of the weight does to the outputs is
+E‖ΔW x‖² = tr(ΔW C ΔWᵀ), so a singular value decomposition of W C^½ orders directions by what they do to outputs, where
+that of W alone orders them by their size (`hpclr.lowrank.regression.decompose_in`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpclr.lowrank.kinds import KINDS, lowrank_class
+from hpclr.lowrank.layers import LowRankModule
+from hpclr.lowrank.sites import WeightSite, release
+from hpclr.lowrank.svd_layers import SpatialWeight
+
+_BLOCK = 64 << 20  # bytes of the rows in float64 that are multiplied at a time
+_ATTENTION = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
+_ARGUMENTS = ("query", "key", "value")
+
+
+class _Sum:
+    """Σ x xᵀ in float64, where the layer computes."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.total: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Takes rows (r×n)."""
+        n = rows.shape[1]
+        for block in rows.detach().split(max(1, _BLOCK // (8 * n))):
+            wide = block.double()
+            if self.total is None:
+                self.total = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+            self.total.addmm_(wide.mT, wide)
+        self.rows += len(rows)
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module,
+    sites: Sequence[WeightSite],
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[Any], object] | None = None,
+) -> dict[str, Tensor]:
+    """The second moments of what layers take in, summed up batch by batch in float64.
+
+    The model is evaluated (no dropout, stored batch statistics) and is as it was afterwards. Memory: one n×n matrix in
+    float64 for each layer, on the layer's device, and a few times 64 MiB.
+
+    Args:
+        model: holds the sites.
+        sites: dense or factored weights, as `hpclr.lowrank.select` finds them.
+        batches: inputs of the model.
+        forward: how a batch goes through the model; None: `model(batch)`.
+
+    Returns:
+        Name of a site → C (n×n), float64, symmetric; for the groups of a convolution, and for the queries, keys and
+        values of one packed projection, the mean over them. Sites without an input are missing: those that no batch
+        reaches, and spatial-wise factors of convolutions, whose matrix is not multiplied with rows of the input.
+    """
+    sums = {site.name: _Sum() for site in sites}
+    through = model if forward is None else forward
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for site in sites:
+            stack.enter_context(_seen(site, sums[site.name]))
+        for batch in batches:
+            through(batch)
+    return {name: one.total / one.rows for name, one in sums.items() if one.total is not None}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _seen(site: WeightSite, found: _Sum) -> Iterator[None]:
+    """Adds up what a site's weight is multiplied with, within the block."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for rows in _rows(site, args, kwargs):
+            found.add(rows)
+
+    hook = site.module.register_forward_pre_hook(cast(Any, look), with_kwargs=True)
+    try:
+        with _called(site.owner):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _called(owner: nn.Module | None) -> Iterator[None]:
+    """torch's attention reads the weight of its output projection; a class of ours calls it."""
+    if owner is None or isinstance(owner, LowRankModule):
+        yield
+        return
+    owner.__class__ = cast(Any, lowrank_class(type(owner), KINDS))
+    try:
+        yield
+    finally:
+        release(owner)
+
+
+def _rows(site: WeightSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The rows (r×n) of one call's input."""
+    module = site.module
+    if isinstance(module, SpatialWeight):
+        return
+    if isinstance(module, nn.MultiheadAttention):
+        inputs: list[Any] = [kwargs.get(name, *args[i : i + 1]) for i, name in enumerate(_ARGUMENTS)]
+        wanted = [inputs[i] for i in _ATTENTION[site.slot.weight]]
+        unique = list({id(x): x for x in wanted}.values())
+        yield from (x.flatten(0, -2) for x in (unique if len(unique) == 1 else wanted))
+        return
+    x = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        yield from patches(module, x)
+    else:
+        yield x.reshape(-1, x.shape[-1])
+
+
+def patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[Tensor]:
+    """What the matrix of a convolution, out × (in/groups · kernel), is multiplied with.
+
+    Args:
+        layer: a convolution, whatever its groups, stride, padding and dilation.
+        x: its input, (N, in, *size) or (in, *size).
+
+    Yields:
+        (images · positions · groups) × (in/groups · kernel), some images at a time.
+    """
+    kernel = layer.kernel_size
+    x = x.unsqueeze(0) if x.ndim == len(kernel) + 1 else x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    windows = _windows(layer, x)
+    size = max(1, _BLOCK // (8 * windows[0].numel())) if len(windows) else 1
+    yield from (part.reshape(-1, layer.in_channels // layer.groups * prod(kernel)) for part in windows.split(size))
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A view (N, *positions, in, *kernel) of a padded input (N, in, *size)."""
+    d = len(layer.kernel_size)
+    for dim, (length, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(dim, dilation * (length - 1) + 1, stride)[..., ::dilation]
+    return x.permute(0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))
