@@ -104,7 +104,7 @@ class Adapter(Method):
         chosen = adaptable_by(self, self._model)
         small = {name: why for name, site in chosen.sites.items() if (why := self._too_small(site))}
         sites = {name: site for name, site in chosen.sites.items() if name not in small}
-        check_layers(sites, chosen.left_alone | small, self.title)
+        check_layers(sites, small | chosen.left_alone, self.title)
         self.trained = trained_names(self._model, self.train, chosen.head, sites)
         self.report = said_of_trained(chosen.left_alone | small, self.trained)
         if optimizer is not None:
@@ -146,10 +146,11 @@ class Adapter(Method):
     @torch.no_grad()
     def _adapt(self, sites: Mapping[str, WeightSite]) -> None:
         """Each weight decomposed by one process, the outcomes on all; none is adapted if any cannot be decomposed."""
-        self._layers: dict[str, AdaptedModule] = {}
+        starts = {}
         for name, outcome in refuse_failed(dict(share_factors(self._placement, sites, self._basis))).items():
-            start = self._start(sites[name].core(), outcome, generator_for(self.seed, name))
-            self._layers[name] = adapt(sites[name].module, self.form, start)
+            starts[name] = self._start(sites[name].core(), outcome, generator_for(self.seed, name))
+            _check_finite(name, starts[name], sites[name].parameter.dtype)
+        self._layers = {name: adapt(sites[name].module, self.form, start) for name, start in starts.items()}
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -219,6 +220,15 @@ def adaptable_by(settings: Any, model: nn.Module) -> Adaptable:
     """Which layers to adapt, by the settings that all methods with adapters and their sections of run files have."""
     keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude")
     return adaptable(model, **{key: getattr(settings, key) for key in keys})
+
+
+def _check_finite(layer: str, start: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    for name, value in start.items():
+        if not value.to(dtype).isfinite().all():
+            raise ValueError(
+                f"layer '{layer}': '{name}' of its adapter would start with numbers that {dtype} cannot hold; a wider "
+                "type of the weights, or smaller settings such as alpha, would do"
+            )
 
 
 def check_same(state: Mapping[str, Any], own: Mapping[str, Any], keys: Sequence[str]) -> None:

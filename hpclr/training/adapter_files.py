@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hpclr.checkpoint import Json, load_file, write_tree
-from hpclr.checkpoint.digest import sidecar_of, write_sidecar
+from hpclr.checkpoint.digest import check_digest, sha256_of, sidecar_of, write_sidecar
 from hpclr.errors import UsageError
 from hpclr.lowrank.adapters import adapted_modules, adapter_state_dict, is_of_adapter, load_adapter_state_dict
 from hpclr.lowrank.adapters.whole import adapter_differences, first_three, unsound
@@ -57,8 +57,8 @@ def save_adapter(model: nn.Module, path: Path | str) -> None:
 
 def _inside(model: nn.Module) -> nn.Module:
     """The model without wrappers, which add to the names of its parameters."""
-    wrapped = isinstance(model, (DataParallel, DistributedDataParallel))
-    return check_model(model.module if wrapped else model)
+    outer: Any = model
+    return check_model(outer.module if isinstance(outer, (DataParallel, DistributedDataParallel)) else outer)
 
 
 def running_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,14 +78,17 @@ def write_adapter(path: Path, entries: Mapping[str, Tensor], facts: Mapping[str,
         UsageError, RetryableError: if it cannot be written.
     """
     check_suffix(path)
-    own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}  # safetensors refuses shared memory
-    content = {name: value.detach().to(**own) for name, value in entries.items()}
+    content = {  # copies: of a layer that is used twice safetensors would refuse the memory that is shared
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in entries.items()
+    }
     about = {"hpclr": __version__, **facts}
     with written_whole(path) as temporary:
         if path.suffix == ".h5":
             write_sidecar(temporary, write_tree(temporary, {_GROUP: content, "export": Json(about)}, {"step": step}))
         else:
             save_file(content, temporary, {"format": "pt", **about})
+            write_sidecar(temporary, sha256_of(temporary))
 
 
 def load_adapter(model: nn.Module, path: Path | str, *, any_base: bool = False) -> None:
@@ -190,6 +193,8 @@ def _read_hdf5(path: Path) -> _Stored:
 
 
 def _read_safetensors(path: Path) -> _Stored:
+    if sidecar_of(path).exists():
+        check_digest(path)
     try:
         with safe_open(path, "pt") as file:
             entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -171,6 +171,16 @@ def test_edora_begins_to_the_bit_where_the_weight_was(dtype):
     assert torch.equal(layer(x), F.linear(x, layer.weight))
 
 
+def test_edora_begins_where_a_large_weight_in_float16_was():
+    """Of products with singular values, which float16 could not hold."""
+    module = nn.Linear(40, 30, bias=False)
+    with torch.no_grad():
+        module.weight.mul_(500)
+    layer = with_adapters(module.half(), "edora", 8)
+    x = (torch.randn(16, 40) / 50).half()
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
 def test_a_core_at_zero_has_a_gradient_and_a_start_with_noise_is_near():
     layer = with_adapters(nn.Linear(9, 7), "edora", 3)
     some_loss(layer(torch.randn(4, 9))).backward()

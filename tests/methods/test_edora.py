@@ -90,9 +90,19 @@ def test_a_layer_smaller_than_the_rank_has_no_adapter():
     assert type(model[0]) is nn.Linear
 
 
+def test_a_rank_too_large_for_all_layers_is_said_before_other_reasons():
+    model = nn.Sequential(*(nn.LayerNorm(4) for _ in range(9)), nn.Linear(4, 4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="too small for rank 5"):
+        EDoRA(model, rank=5)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        (
+            {"rank": 4, "alpha": 1e300},
+            "'edora_u' of its adapter would start with .* torch.float32 cannot hold",
+        ),
         ({"rank": 0}, "rank must be a whole number of 1 or more, found 0"),
         ({"rank": 0.5}, "rank must be a whole number of 1 or more, found 0.5"),
         ({"rank": 4, "alpha": 0}, "alpha must be a finite number above 0, found 0"),

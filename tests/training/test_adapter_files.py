@@ -42,6 +42,7 @@ def rewritten(file, change):
     entries = load_file(file)
     change(entries)
     save_file(entries, file, facts)
+    file.with_name(file.name + ".sha256").unlink()
     return file
 
 
@@ -65,6 +66,17 @@ def test_running_statistics_are_in_the_file(saved, suffix):
     assert torch.equal(other(x), model(x))
     assert other[1].num_batches_tracked == 1
     assert not other[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "h5"])
+def test_a_flipped_bit_is_noticed(saved, suffix):
+    model, file = saved
+    file = file.with_suffix(f".{suffix}")
+    save_adapter(model, file)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    refused(fresh(), file, "the content has changed since it was saved")
 
 
 @pytest.mark.parametrize("name", ["2.sara_a", "3.weight", "1.running_var"])
@@ -135,6 +147,7 @@ def test_merged_or_not_the_base_is_the_same(saved, tmp_path):
 
 def test_a_file_that_says_nothing_of_its_base(saved):
     _, file = saved
+    file.with_name(file.name + ".sha256").unlink()
     save_file(load_file(file), file)
     with pytest.warns(LowRankWarning, match="does not say under which weights"):
         load_adapter(fresh(), file)

@@ -69,7 +69,8 @@ class EDoRALayer(AdaptedModule):
         dtype = working_dtype(weight.dtype)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
         with _without_autocast(weight):
-            across = (weight @ self.edora_a.mT).to(dtype)
+            scale = _scale(self.edora_a)
+            across = (weight @ (self.edora_a / scale).mT).to(dtype) * scale
             u, core, a = (factor.to(dtype) for factor in (self.edora_u, self.edora_core, self.edora_a))
             c = u @ core
             squares = squares + (c * (2 * across + c @ (a @ a.mT))).sum(1)
@@ -81,6 +82,13 @@ class EDoRALayer(AdaptedModule):
         u, core, a, magnitude = self.in_full("edora_u", "edora_core", "edora_a", "edora_magnitude")
         norms = self.row_norms().to(self.edora_magnitude.dtype)
         return (magnitude / norms)[:, None] * (self.base_matrix() + (u @ core) @ a)
+
+
+def _scale(a: Tensor) -> Tensor | float:
+    """A power of two, by which nothing is rounded, that keeps products of rows within what float16 can hold."""
+    if a.dtype != torch.float16:
+        return 1.0
+    return torch.ldexp(torch.ones((), device=a.device), torch.frexp(a.float().abs().amax())[1]).clamp_min(1)
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
