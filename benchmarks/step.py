@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--models vit-tiny,resnet20] [--shares 1,0.5,0.25,0.125] [--depth N] [--json FILE]
     python benchmarks/step.py --device cuda --dtype bfloat16 --compile --batch 64
+    python benchmarks/step.py --models vit-tiny --probing
 
 Every layer that OIALR would convert gets a rank that is a share of min(m, n): in `equal` rows the same share for all,
 in `sloped` rows share·(3/2 − l/(L − 1)) for layer l = 0 … L − 1, at most 1: the later a layer, the lower, as OIALR's
@@ -11,6 +12,10 @@ which `hpclr.lowrank.product.pays` says so (`convert: when_it_pays`); the rest i
 `speed` is the dense model's time by this one's, from steps taken in turns. The other columns are shares of the dense
 model's: multiply-adds of forward and backward, parameters trained and stored, bytes of optimiser state, peak of memory
 in a step (weights, gradients, optimiser state and activations), and bytes kept for the backward pass.
+
+With --probing, two columns more, for the step before a check, which rebuilds the weights and leaves the gradients with
+regard to them (`hpclr.lowrank.probing`): how many times as long it takes as another step of the same form, and its peak
+of memory as a share of the dense model's.
 """
 
 import argparse
@@ -28,9 +33,11 @@ from torch import Tensor, nn
 
 from hpclr.lowrank import KINDS, WeightSite, count_training_flops, select
 from hpclr.lowrank.accounting import optimizer_bytes
+from hpclr.lowrank.probing import dense_gradients
 from hpclr.lowrank.product import pays
 
 COLUMNS = ("ranks", "held as", "speed", "FLOPs", "trained", "stored", "optimiser", "peak", "saved")
+PROBING = ("probing: time", "peak")
 SHARES = ("flops", "trained", "stored", "optimizer_bytes", "peak_bytes", "saved_bytes")
 
 
@@ -72,6 +79,10 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def probing_step(self) -> None:
+        with dense_gradients({site.name: site for site in select(self.model).candidates}):
+            self.step()
+
     def sizes(self) -> dict[str, int]:
         """Bytes and counts, after a first step."""
         self.step()
@@ -111,6 +122,8 @@ def measured(case: Case, share: float, options: argparse.Namespace) -> list[dict
     trainings = {"dense": Training(case, None, options)}
     trainings |= {f"{form.spread} {form.held}": Training(case, form, options) for form in forms(share)}
     ways = {name: training.step for name, training in trainings.items()}
+    if options.probing:
+        ways |= {f"{name}, probing": one.probing_step for name, one in trainings.items() if name != "dense"}
     times = measure.interleaved(ways, device=options.device, repeats=options.repeats)
     speed, seconds = measure.speed_ratios(times, "dense"), measure.medians(times)
     dense = trainings.pop("dense").sizes()
@@ -124,8 +137,19 @@ def measured(case: Case, share: float, options: argparse.Namespace) -> list[dict
         }
         | {"sizes": (sizes := training.sizes()), "of_dense": {key: sizes[key] / dense[key] for key in dense}}
         | {"dense_sizes": dense}
+        | (probed(name, training, times, dense["peak_bytes"]) if options.probing else {})
         for name, training in trainings.items()
     ]
+
+
+def probed(
+    name: str, training: Training, times: Mapping[str, list[float]], dense_peak: int
+) -> dict[str, dict[str, float]]:
+    """What the step before a check takes, relative to another one and to dense memory."""
+    held = memory.held_bytes(training.model, training.optimizer, training.inputs, training.targets)
+    peak = held + memory.peak_bytes(training.probing_step, training.device)
+    time = 1 / measure.speed_ratios(times, name)[f"{name}, probing"]
+    return {"probing": {"time": time, "peak_of_dense": peak / dense_peak}}
 
 
 def line(row: Mapping[str, Any]) -> list[str]:
@@ -135,6 +159,7 @@ def line(row: Mapping[str, Any]) -> list[str]:
         held,
         f"{row['speed']:.2f}x",
         *(f"{row['of_dense'][key]:.3f}" for key in SHARES),
+        *([f"{row['probing']['time']:.2f}", f"{row['probing']['peak_of_dense']:.3f}"] if "probing" in row else []),
     ]
 
 
@@ -156,7 +181,7 @@ def main() -> None:
             f"{dense['stored'] / 1e6:.1f} M parameters, peak {dense['peak_bytes'] / 2**20:.0f} MiB, "
             f"{dense['saved_bytes'] / 2**20:.0f} MiB saved"
         )
-        measure.show(COLUMNS, [line(row) for row in rows])
+        measure.show(COLUMNS + PROBING * options.probing, [line(row) for row in rows])
     measure.write_json(options.json, facts | {"dtype": options.dtype, "compiled": options.compile}, results)
 
 
@@ -166,6 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", default="1,0.5,0.25,0.125", help="mean ranks as shares of min(m, n)")
     parser.add_argument("--depth", type=int, default=0, help="blocks of the model (VGG16 has always 13); 0: its usual")
     parser.add_argument("--batch", type=int, default=0, help="samples in a step; 0: few")
+    parser.add_argument("--probing", action="store_true", help="the step before a check too")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     return parser.parse_args()
 

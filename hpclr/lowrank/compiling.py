@@ -1,5 +1,11 @@
 """What torch.compile needs to know of models whose ranks change."""
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
 
 def expect_rank_changes(compilations: int = 64) -> None:
     """Has torch.compile keep the compiled code when ranks change; for the whole process.
@@ -15,3 +21,11 @@ def expect_rank_changes(compilations: int = 64) -> None:
 
     config.force_parameter_static_shapes = False
     config.recompile_limit = max(config.recompile_limit, compilations)
+
+
+def not_compiled() -> AbstractContextManager[Any]:
+    """In the block what is compiled runs as it is written; what has been compiled is kept."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    eagerly: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eagerly

@@ -4,13 +4,14 @@ For W = U Σ Vᵀ with frozen U and V, training forms ∂Σ = Uᵀ G V and never
 of G outside the frozen subspace, G − U Uᵀ G V Vᵀ, is what a frozen basis cannot follow.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpclr.lowrank.compiling import not_compiled
 from hpclr.lowrank.factors import working_dtype
 from hpclr.lowrank.layers import LowRankModule
 from hpclr.lowrank.product import CONVOLUTIONS, Arithmetic, ConvGeometry, Factors, dense, in_compute_dtype
@@ -18,36 +19,48 @@ from hpclr.lowrank.sites import WeightSite
 
 
 @contextmanager
-def dense_gradients(sites: Mapping[str, WeightSite]) -> Iterator[dict[str, Tensor]]:
+def dense_gradients(
+    sites: Mapping[str, WeightSite], gradients: MutableMapping[str, Tensor] | None = None
+) -> Iterator[MutableMapping[str, Tensor]]:
     """Within it backward passes leave the gradients with regard to whole weights too.
 
-    Forward passes rebuild the weights meanwhile, and give the same but for rounding. A copy that is made of the model
-    within it goes on to do so, and adds nothing.
+    Forward passes rebuild the weights meanwhile, and give the same but for rounding; what torch.compile has compiled
+    runs as it is written. A copy that is made of the model within it goes on to rebuild, and adds nothing.
 
     Args:
         sites: layer name → weight; those that are held as frozen U and V with a trained Σ are followed, others are not.
+        gradients: the sums so far, to which is added; None: there are none.
 
     Yields:
         Layer name → G, m×n, the sum over all backward passes so far, in float32 or more; layers through which none has
         gone are absent.
     """
-    gradients: dict[str, Tensor] = {}
+    found: MutableMapping[str, Tensor] = {} if gradients is None else gradients
     followed = {name: site for name, site in sites.items() if site.is_lowrank and not _module(site).trains_bases}
     names = {id(site.factors.sigma): name for name, site in followed.items()}
 
     def add(name: str, gradient: Tensor) -> None:
         gradient = gradient.detach().to(working_dtype(gradient.dtype))
-        gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        found[name] = found[name] + gradient if name in found else gradient
 
     arithmetic = _rebuilding(lambda factors: names.get(id(factors.sigma)), add)
-    modules = [_module(site) for site in followed.values()]
-    for module in modules:
+    with not_compiled(), _calculating(arithmetic, map(_module, followed.values())):
+        yield found
+
+
+@contextmanager
+def _calculating(arithmetic: Arithmetic, modules: Iterable[LowRankModule]) -> Iterator[None]:
+    """In the block these modules multiply so; blocks may be nested."""
+    former = {module: module.__dict__.get("arithmetic") for module in modules}
+    for module in former:
         module.__dict__["arithmetic"] = arithmetic
     try:
-        yield gradients
+        yield
     finally:
-        for module in modules:
-            module.__dict__.pop("arithmetic", None)
+        for module, own in former.items():
+            del module.__dict__["arithmetic"]
+            if own is not None:
+                module.__dict__["arithmetic"] = own
 
 
 def outside(gradient: Tensor, factors: Factors) -> Tensor:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,13 @@ class Method(ABC):
     @abstractmethod
     def step(self) -> None:
         """Does what the optimiser steps taken so far make due; call it once after each of them."""
+
+    def probing(self) -> AbstractContextManager[None]:
+        """To be put around the forward and backward passes of a step, by loops that want all that methods measure.
+
+        A method without anything to measure in them does nothing.
+        """
+        return nullcontext()
 
     @abstractmethod
     def penalty(self) -> Tensor:

@@ -21,6 +21,7 @@ class Outcome(NamedTuple):
     basis: SVD | None  # the change of basis to make: L, new singular values, Rᵀ; None: keep the present one
     noise: float | None = None  # of a dense weight, where the rule estimates it; holds once the spectrum has been cut
     failed: str | None = None  # why the layer could not be decomposed
+    signal: int | None = None  # how many directions of a dense weight stand out of the noise, if that was asked
     still: bool | None = None  # whether its basis is that of the last check; None: the threshold of stability tells
 
 
@@ -99,6 +100,10 @@ class Placement(Protocol):
         """
         ...
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes of tensors of one shape and type, the same to the bit on each of them."""
+        ...
+
     def gather(self, memory: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
         """What is remembered of all layers, on the first process; for checkpoints."""
         ...
@@ -130,6 +135,10 @@ class Here:
     def whole(self, site: WeightSite, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Everything is always here."""
         return nullcontext()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """There is one."""
+        return tensor
 
     def gather(self, memory: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything is here."""

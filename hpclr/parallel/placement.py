@@ -82,6 +82,11 @@ class Rank0:
         """Each process has the whole model."""
         return nullcontext()
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes; collective."""
+        self._doing("taking means over the processes", waiting=True)
+        return self._group.sum(tensor) / self._group.size
+
     def gather(self, memory: Memory) -> dict[str, Tensor]:
         """Everything remembered is on the first process."""
         return dict(memory)

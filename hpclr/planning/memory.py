@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
-from hpclr.config.schema import Section
+from hpclr.config.schema import Oialr, Section
 from hpclr.planning.checking import check_bytes
 from hpclr.planning.counting import Counts, Share, sample_bytes
 from hpclr.planning.forms import Layer, Ranks
@@ -45,7 +46,7 @@ def memory_of(
     for name, ranks in (("at the start", path.stages[0].ranks), ("factors begin", path.at(path.begins or 0))):
         forms.setdefault(name, ranks)
     forms["at the end"] = path.stages[-1].ranks
-    held = [_training(name, counts, ranks, share, processes, hardware) for name, ranks in _distinct(forms)]
+    held = [_training(name, counts, ranks, layers, share, processes, hardware) for name, ranks in _distinct(forms)]
     if path.checks:
         held.insert(len(held) - 1 or 1, _check(held, counts, layers, processes))
     return held
@@ -59,7 +60,29 @@ def _distinct(forms: dict[str, Ranks]) -> list[tuple[str, Ranks]]:
     return found if len(found) > 1 else [("all the time", ranks) for _, ranks in found]
 
 
-def _training(name: str, counts: Counts, ranks: Ranks, share: Share, processes: int, hardware: Hardware) -> Held:
+def probing_bytes(counts: Counts, ranks: Ranks, layers: Sequence[Layer], share: Share) -> int:
+    """What is held in the step before a check of OIALR's, which computes with whole weights and keeps their gradients.
+
+    The weights, made for the passes, are let go of as the gradients come.
+    """
+    section, itemsize = section_of(counts), max(4, counts.subject.dtype.itemsize)
+    if not ranks or not isinstance(section, Oialr) or counts.subject.run.parallel.shard:
+        return 0
+    whole = sum(prod(layer.shape) for layer in layers if layer.name in ranks)
+    dense = counts.traced({}, share.at_once)
+    # at its peak a dense model has a gradient that is not counted as one yet
+    return max(dense.saved, dense.activations - counts.sizes({}).largest) + itemsize * whole
+
+
+def _training(
+    name: str,
+    counts: Counts,
+    ranks: Ranks,
+    layers: Sequence[Layer],
+    share: Share,
+    processes: int,
+    hardware: Hardware,
+) -> Held:
     sizes, traced = counts.sizes(ranks), counts.traced(ranks, share.at_once)
     train = counts.subject.run.train
     other = sample_bytes(counts.subject) * share.samples + (sizes.weight_bytes if train.ema is not None else 0)
@@ -68,9 +91,10 @@ def _training(name: str, counts: Counts, ranks: Ranks, share: Share, processes: 
     # on GPUs torch's optimisers treat all parameters at once, and hold an intermediate result of each
     updating = gradients if hardware.queues else traced.updating
     passing = traced.peak if processes == 1 and share.passes == 1 else gradients + traced.activations
-    peak = max(passing, gradients + updating)
+    probing = probing_bytes(counts, ranks, layers, share)
+    peak = max(passing, gradients + probing, gradients + updating)
     total = weights + state + other + gathered * sizes.largest + peak
-    return Held(name, weights, gradients, state, traced.activations, 0, other, total)
+    return Held(name, weights, gradients, state, max(traced.activations, probing), 0, other, total)
 
 
 def _check(held: Sequence[Held], counts: Counts, layers: Sequence[Layer], processes: int) -> Held:

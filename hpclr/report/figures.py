@@ -62,11 +62,12 @@ def cost_plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def layer_plots(run: Run, number: int, *, alone: bool) -> tuple[list[Plot], list[str]]:
-    """Of one run: parameters, and stability, rank and spectrum of every layer; and why some of these are missing."""
+    """Of one run: its parameters; basis, rank and spectrum of every layer; and why some of these are missing."""
     prefix = f"run{number + 1}-{slug(run.name)}"
     plots = _known(
         None if alone else _parameters(run, prefix),
         _stability(run, prefix),
+        _outside(run, prefix),
         _ranks(run, prefix),
         _relative_ranks(run, prefix),
         _spectra(run, prefix),
@@ -76,6 +77,8 @@ def layer_plots(run: Run, number: int, *, alone: bool) -> tuple[list[Plot], list
         reasons.append("No check of the layers has been recorded: the method has none, or has not come to one yet.")
     elif not run.records.layers["stability"]:
         reasons.append("The method does not measure the stability of bases, or has not done so twice yet.")
+    elif not run.records.layers["outside"]:
+        reasons.append("No gradients outside frozen bases: none was frozen at a check, or they were not measured.")
     if run.records.layers["ranks"] and not run.full_ranks:
         reasons.append("No relative ranks: the shapes of the layers are not known before a checkpoint can be read.")
     if run.spectra.why:
@@ -204,6 +207,13 @@ def _stability(run: Run, prefix: str) -> Plot | None:
     note = "How much of the basis U Vᵀ is as it was at the check before; each value holds from its check to the next."
     words = Words(f"{prefix}-stability", "Stability of every layer's basis", "step", note + _frozen_note(rows))
     return heat_map(words, rows, run.records.last_step, (min(0.9, low) if low < 1 else 0.9, 1.0))
+
+
+def _outside(run: Run, prefix: str) -> Plot | None:
+    rows = _rows(run, "outside")
+    note = "The share of the whole weight's gradient, by its norm, that nothing between the frozen bases can follow."
+    words = Words(f"{prefix}-outside", "Gradient outside the frozen basis", "step", note + _frozen_note(rows))
+    return heat_map(words, rows, run.records.last_step, (0.0, 1.0))
 
 
 def _ranks(run: Run, prefix: str) -> Plot | None:

@@ -27,7 +27,7 @@ _COLUMNS = {
     "pace": ("steps", "seconds", "data", "check", "save", "valid", "memory"),
     "attempt": ("attempt", "world_size"),
 }  # fmt: skip
-_OF_LAYERS = ("ranks", "stability", "frozen")
+_OF_LAYERS = ("ranks", "stability", "outside", "frozen")
 _KNOWN = {*_COLUMNS, "save", "final", "gap"}
 
 Point = tuple[float, float]
@@ -81,7 +81,7 @@ class Records:
 
     Attributes:
         tables: kind → its records.
-        layers: what is known of layers (`ranks`, `stability`, `frozen`) → layer → steps and values.
+        layers: what is known of layers (`ranks`, `stability`, `outside`, `frozen`) → layer → steps and values.
         faults: what is wrong with lines, in words.
         faulty: how many lines that are.
         lines: how many there are in all.

@@ -15,6 +15,8 @@ from hpclr.track.heatmap import HeatMap
 from hpclr.track.records import Record
 from hpclr.track.scalars import scalars, time_of
 
+# What of layers a check's record has → the name of its picture
+_TAGS = {"ranks": "layers/rank", "stability": "layers/stability", "outside": "layers/outside"}
 _NAME = "events.out.tfevents.{:010d}.hpclr"
 _PLUGIN = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
 
@@ -39,7 +41,7 @@ class TensorBoard:
         numbers = [int(path.name.split(".")[3]) for path in earlier if path.name.split(".")[3].isdecimal()]
         self._file = (directory / _NAME.format(max(numbers, default=0) + 1)).open("xb")
         self._writer = RecordWriter(self._file)
-        self._ranks, self._stability = HeatMap(), HeatMap()
+        self._maps = {name: HeatMap() for name in _TAGS}
         self._described: list[str] = []
         self._add(time.time(), 0, file_version="brain.Event:2")
         self._add(time.time(), 0, session_log=SessionLog(status=SessionLog.START))
@@ -65,17 +67,17 @@ class TensorBoard:
         self._file.close()
 
     def _remember(self, check: Record) -> None:
-        for name, heat_map in (("ranks", self._ranks), ("stability", self._stability)):
+        for name, heat_map in self._maps.items():
             if isinstance(check.get(name), dict):
                 heat_map.add(check[name])
 
     def _draw(self, check: Record) -> None:
-        maps = {"layers/rank": self._ranks, "layers/stability": self._stability}
-        values = [_picture(tag, heat_map) for tag, heat_map in maps.items() if heat_map.low is not None]
-        layers = list(dict.fromkeys([*self._ranks.layers, *self._stability.layers]))
+        known = {name: heat_map for name, heat_map in self._maps.items() if heat_map.low is not None}
+        values = [_picture(_TAGS[name], heat_map) for name, heat_map in known.items()]
+        layers = list(dict.fromkeys(layer for heat_map in self._maps.values() for layer in heat_map.layers))
         if layers != self._described:
             self._described = layers
-            values.append(_text("layers/rows", _description(self._ranks, self._stability)))
+            values.append(_text("layers/rows", _description(*self._maps.values())))
         self._summarise(check, values)
 
     def _summarise(self, record: Record, values: list[Any]) -> None:

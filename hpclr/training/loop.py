@@ -31,6 +31,7 @@ from hpclr.training.state import Position, capture, from_tree, not_finite, posit
 from hpclr.training.stopping import StopRequests
 from hpclr.training.summary import summary_of
 
+_AT_CHECKS = ("stability", "outside", "frozen", "failures")  # what of a method is recorded, if it has it
 _CALMER = (
     "A lower optimizer.lr, train.clip_norm or a longer schedule.warmup_steps usually helps; start over with --fresh."
 )
@@ -156,7 +157,7 @@ class Trainer:
         parts.replica.prepare()
         self.job.doing("computing gradients", step)
         for number, (piece, weight) in enumerate(pieces, start=1):
-            with nullcontext() if number == len(pieces) else parts.replica.no_sync():
+            with parts.method.probing(), nullcontext() if number == len(pieces) else parts.replica.no_sync():
                 with parts.precision.context():
                     loss: Tensor = parts.task.loss(parts.replica(piece.x), piece) * weight
                 total += loss.detach()
@@ -191,7 +192,7 @@ class Trainer:
 
     def _record_check(self) -> None:
         sizes = summarize(self.parts.model, self.parts.optimizer, dense_form=self.parts.method.dense_form)
-        facts = {name: getattr(self.parts.method, name, None) for name in ("stability", "frozen", "failures")}
+        facts = {name: getattr(self.parts.method, name, None) for name in _AT_CHECKS}
         facts |= {"ranks": self.parts.method.ranks, "rank_share": sizes.rank_share}
         self.metrics.append("check", self.position.step, **(sizes.as_dict() | facts | self._spent()))
         reduced = f", reduced a step {sizes.gradient_bytes:,} of {sizes.dense_gradient_bytes:,} bytes"

@@ -85,6 +85,19 @@ def test_a_copy_made_meanwhile_computes_and_adds_nothing(pair):
     assert all("arithmetic" not in site.module.__dict__ for site in sites_of(model).values())
 
 
+def test_blocks_may_be_nested_and_go_on_with_what_is_there(pair):
+    model, _, x = pair
+    with dense_gradients(sites_of(model)) as whole:
+        with dense_gradients(sites_of(model)) as part:
+            backward(model, x)
+        backward(model, x)
+    assert whole.keys() == part.keys() == sites_of(model).keys()
+    with dense_gradients(sites_of(model), part):
+        backward(model, x)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(part[name], 2 * gradient)
+
+
 def test_nothing_is_left_behind_by_an_error(pair):
     model, _, _ = pair
     with pytest.raises(RuntimeError), dense_gradients(sites_of(model)):

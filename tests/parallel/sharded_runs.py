@@ -140,8 +140,9 @@ def train(way: str, scenario: str, save: Path | None, load: Path | None) -> dict
         if step < first:
             continue
         part = slice(BATCH * rank // size, BATCH * (rank + 1) // size)
-        loss = F.cross_entropy(wrapped(x[part]).float(), y[part])
-        loss.backward()
+        with oialr.probing():
+            loss = F.cross_entropy(wrapped(x[part]).float(), y[part])
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -171,6 +172,7 @@ def train(way: str, scenario: str, save: Path | None, load: Path | None) -> dict
         "bits": digest(piece.local for piece in state.values()),
         "types": {str(p.dtype) for p in wrapped.parameters()},
         "stability": oialr.stability,
+        "outside": oialr.outside,
         "buffers": [float(buffer.sum()) for buffer in wrapped.buffers()],
         "hooks": len(seen),
         "is_weight": any(p is weight for p in model.blocks[0].mlp[0].parameters()) and weight.note == "of a user",

@@ -42,6 +42,8 @@ def test_shards_train_as_one_process(saved):
     assert_equal_training(saved[1], alone)
     assert all(one["is_weight"] for one in saved[1])
     assert {one["hooks"] for one in saved[1]} == {alone["hooks"]}
+    assert len(alone["outside"]) > 1
+    assert not any(one["outside"] for one in saved[1]), "of shards nothing is gathered"
 
 
 @slow

@@ -6,13 +6,14 @@ import pytest
 import torch
 from planning_helpers import OIALR, PICTURES, VIT, counts_of, run_of
 
-from hpclr.lowrank import optimizer_bytes
+from hpclr.lowrank import optimizer_bytes, select
+from hpclr.lowrank.probing import dense_gradients
 from hpclr.methods import OIALR as Method
 from hpclr.planning.checking import check_bytes
 from hpclr.planning.counting import Share
 from hpclr.planning.forms import formed
 from hpclr.planning.hardware import TABLE
-from hpclr.planning.memory import memory_of
+from hpclr.planning.memory import memory_of, probing_bytes
 from hpclr.planning.ranks import Assumed, path_of
 from hpclr.planning.subject import copied
 from hpclr.training.optimizers import optimizer_of
@@ -66,6 +67,22 @@ def test_a_traced_step_holds_what_a_real_one_holds(model, share, precision, memo
     sizes = counts.sizes(ranks)
     assert sizes.gradient_bytes == sum(p.grad.nbytes for p in net.parameters() if p.requires_grad)
     assert sizes.weight_bytes == sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("model", ["vit", "mlp"])
+def test_the_step_before_a_check_holds_whole_gradients_too(model, share, memory):
+    counts, layers = counts_of(run_of(model=MODELS[model], method=OIALR), PICTURES)
+    ranks = {layer.name: max(1, round(share * layer.full)) for layer in layers}
+    net, _, passes = real(counts, ranks)
+
+    def probing():
+        with dense_gradients({site.name: site for site in select(net).candidates}) as gradients:
+            passes()
+        assert gradients.keys() == ranks.keys()
+
+    expected = counts.sizes(ranks).gradient_bytes + probing_bytes(counts, ranks, layers, Share(SIZE, SIZE))
+    assert expected == pytest.approx(memory.peak_bytes(probing, CPU), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adagrad", "adafactor"])

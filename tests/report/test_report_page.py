@@ -54,8 +54,14 @@ def test_a_trained_run_has_all_its_plots(trained):
         "lr-steps",
         "optimizer-bytes",
     } <= names
-    assert {"stability", "rank", "relative-rank", "spectra"} <= {name.removeprefix("run1-digits-") for name in names}
+    of_layers = {name.removeprefix("run1-digits-") for name in names}
+    assert {"stability", "outside", "rank", "relative-rank", "spectra"} <= of_layers
     recorded = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    checks = {record["step"]: record["outside"] for record in recorded if record["kind"] == "check"}
+    counts = {step: len(found) for step, found in checks.items()}
+    assert counts == dict.fromkeys((2, 4, 6), 0) | dict.fromkeys((8, 10, 12, 14, 16), 2)
+    shares = {(layer, int(step)): float(share) for layer, step, share, _ in numbers(content, "run1-digits-outside")}
+    assert shares == pytest.approx({(n, step): share for step, found in checks.items() for n, share in found.items()})
     losses = [(record["step"], record["loss"]) for record in recorded if record["kind"] == "train"]
     drawn = {float(x): float(y) for _, x, y in numbers(content, "loss-steps")}
     assert drawn == pytest.approx(dict(losses))

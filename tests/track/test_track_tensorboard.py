@@ -45,7 +45,7 @@ def test_a_run_has_all_its_records_there(bench):
     scalars = set(found.Tags()["scalars"])
     assert {"train/learning_rate", "parameters/trained", "parameters/stored", "test/loss", "memory/bytes"} <= scalars
     assert {"communication/gradient_bytes", "pace/steps_per_second", "pace/check"} <= scalars
-    assert set(found.Tags()["images"]) == {"layers/rank", "layers/stability"}
+    assert set(found.Tags()["images"]) == {"layers/rank", "layers/stability", "layers/outside"}
     layers = records(run, "check")[0]["ranks"]
     text = found.Tensors("layers/rows")[-1].tensor_proto.string_val[0].decode()
     assert [f"`{name}`" in text for name in layers] == [True] * len(layers)
