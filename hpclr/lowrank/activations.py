@@ -78,6 +78,40 @@ def input_moments(
     return {name: one.total / one.rows for name, one in sums.items() if one.total is not None}
 
 
+class InputWatch:
+    """The second moments of what layers take in while their model trains, from now until it is closed.
+
+    Forward passes in evaluation do not count, nor do those of what is compiled, where hooks that come later are not
+    seen (`hpclr.lowrank.compiling.not_compiled`). Memory: as `input_moments`.
+
+    Args:
+        sites: dense or factored weights, as `hpclr.lowrank.select` finds them.
+        inside: of weights that are factored, what Σ takes in, Vᵀx, in the place of x: n is then its size.
+    """
+
+    def __init__(self, sites: Sequence[WeightSite], *, inside: bool = False) -> None:
+        self._inside = inside
+        self._sums = {site.name: _Sum() for site in sites}
+        self._open = ExitStack()
+        for site in sites:
+            self._open.enter_context(_seen(site, self._sums[site.name], in_training=True, inside=inside))
+
+    def close(self) -> None:
+        """Watches no longer."""
+        self._open.close()
+
+    def take(self, site: WeightSite) -> Tensor:
+        """Σ x xᵀ, and below it the number of rows x, n times: (n + 1)×n, float64, where the layer is.
+
+        Those of several processes can be added. Zeros if the layer has taken nothing in. Can be taken once.
+        """
+        found, n = self._sums.pop(site.name), site.core().shape[1] if self._inside else site.shape[1]
+        total = torch.zeros(n + 1, n, dtype=torch.float64, device=site.parameter.device)
+        if found.total is not None:
+            total[:n], total[n] = found.total, found.rows
+        return total
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -90,12 +124,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seen(site: WeightSite, found: _Sum) -> Iterator[None]:
-    """Adds up what a site's weight is multiplied with, within the block."""
+def _seen(site: WeightSite, found: _Sum, *, in_training: bool = False, inside: bool = False) -> Iterator[None]:
+    """Adds up what a site's weight, or its Σ, is multiplied with; if asked, by passes of training alone."""
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for rows in _rows(site, args, kwargs):
-            found.add(rows)
+        for rows in _rows(site, args, kwargs) if module.training or not in_training else ():
+            found.add(_inside(site, rows) if inside and site.is_lowrank else rows)
 
     hook = site.module.register_forward_pre_hook(cast(Any, look), with_kwargs=True)
     try:
@@ -103,6 +137,14 @@ def _seen(site: WeightSite, found: _Sum) -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def _inside(site: WeightSite, rows: Tensor) -> Tensor:
+    """Vᵀ x of rows x (r×n): r×k."""
+    v, rows = site.factors.vh.mT, rows.detach()
+    dtype = torch.promote_types(rows.dtype, v.dtype)
+    return rows.to(dtype) @ v.to(dtype)
 
 
 @contextmanager

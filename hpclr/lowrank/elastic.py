@@ -58,7 +58,7 @@ def order_directions(sites: Iterable[WeightSite], moments: Mapping[str, Tensor] 
         if moments is not None and moment is None:
             without.append(site.name)
         weight = _product(site)
-        parts = svd(weight) if moment is None else _by_output(weight, moment)
+        parts = svd(weight) if moment is None else by_output(weight, moment)
         site.factorize(site.rank, parts)
     return without
 
@@ -126,8 +126,20 @@ def _product(site: WeightSite) -> Tensor:
     return (u * core if core.ndim == 1 else u @ core) @ vh
 
 
-def _by_output(weight: Tensor, moment: Tensor) -> SVD:
-    """U, the norms of the rows of Uᵀ W, and these rows at norm 1."""
+@torch.no_grad()
+def by_output(weight: Tensor, moment: Tensor) -> SVD:
+    """W = U (Uᵀ W) with W C^½ = U S Vᵀ: of every rank k the best W_k = U_k U_kᵀ W.
+
+    Args:
+        weight: W (m×n).
+        moment: C = E[x xᵀ] (n×n).
+
+    Returns:
+        U, the norms of the rows of Uᵀ W, and these rows at norm 1.
+
+    Raises:
+        FactorizationError: if either has infinite or NaN entries.
+    """
     level = float(moment.diagonal().mean()) or 1.0
     u = decompose_in(weight, moment + _RIDGE * level * torch.eye(len(moment)).to(moment)).u.to(weight)
     rows = u.mT @ weight

@@ -11,19 +11,25 @@ gradient has the weight P(k ≥ max(i, j)) on the pair of directions (i, j), whi
 w = p; sequential sampling gives M = triu(1) by blocks. As ordered dropout of layers it is Maestro's (Horváth et al.,
 arXiv 2308.14929), which draws for one layer at a time (`draw: layer`). Directions that take no part are not computed.
 
+As in neither of them, training begins late and with directions in the order of W C^½ = U S Vᵀ, where C = E[x xᵀ] of the
+layer's inputs: A B = U (Uᵀ W), cut to any rank, errs least in the outputs. In the order of their size, the singular
+values of W, the leading directions are far from a good model, and what they must unlearn is lost at full rank, too.
+
 The draw follows from the seed and the number of steps taken, so that it is the same on all processes, in all parts of
 an accumulated batch, and after a resume. In evaluation all directions count.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from hpclr.lowrank.factors import SVD
+from hpclr.lowrank.elastic import by_output
+from hpclr.lowrank.factors import SVD, working_dtype
 from hpclr.lowrank.sites import WeightSite
 from hpclr.lowrank.svd_layers import TrainedFactors
 from hpclr.methods.adapting import generator_for
@@ -31,6 +37,7 @@ from hpclr.methods.checks import check_nested_settings
 from hpclr.methods.placement import Placement
 from hpclr.methods.schedule import in_steps
 from hpclr.methods.two_factors import TwoFactors, share_of_side, share_or_rule
+from hpclr.methods.watching import Inputs, warn_of_unseen
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 
@@ -48,13 +55,16 @@ class Nested(TwoFactors):
     Args:
         model: any module, or a `hpclr.parallel.Replica` of one; its layers are converted in place.
         optimizer: holds the model's parameters; A and B take the place of their weight in it, and its state.
-        delay: the optimiser step after which weights become A B, or (below 1) a fraction of the run; 0: now. Factors of
-            untrained weights learn far more slowly: a third of the run is right.
+        delay: the optimiser step after which weights become A B, or (below 1) a fraction of the run; 0: now. Two
+            thirds of the run are right: what is learnt before costs the least, and lower ranks learn fast.
         fractions: the ranks to nest, as shares of min(m, n), rounded up. The largest is the rank that is kept, the
             smallest the lowest that is trained for.
         weights: p, how often each of them is drawn, in proportion; None: equally often.
         nesting: "joint" or "sequential".
         draw: "model", one share for all layers; or "layer", for one layer at a time, all others at their full rank.
+        order: in which directions begin: "output", of what they do to the outputs, by the inputs that layers take in
+            while the model trains in the step before; or "size", of singular values. With a delay of 0 there is no
+            such step, and it is that of size.
         seed: of the draws.
         frobenius_decay: λ of the penalty λ/2 Σ ‖A B‖²_F of the whole products, which takes the place of the optimiser's
             weight decay of A and B; None: no penalty, and the optimiser's own weight decay.
@@ -89,6 +99,7 @@ class Nested(TwoFactors):
         weights: Sequence[float] | None = None,
         nesting: Literal["joint", "sequential"] = "joint",
         draw: Literal["model", "layer"] = "model",
+        order: Literal["output", "size"] = "output",
         seed: int = 0,
         frobenius_decay: float | None = None,
         max_aspect: float = 10.0,
@@ -99,7 +110,7 @@ class Nested(TwoFactors):
         total_steps: int | None = None,
         placement: Placement | None = None,
     ) -> None:
-        check_nested_settings(fractions, weights, nesting, draw, frobenius_decay, max_aspect)
+        check_nested_settings(fractions, weights, nesting, draw, order, frobenius_decay, max_aspect)
         self.delay = in_steps("delay", delay, total_steps)
         pairs = sorted(zip(fractions, weights or [1.0] * len(fractions), strict=True))
         self.fractions = [float(fraction) for fraction, _ in pairs]
@@ -117,6 +128,8 @@ class Nested(TwoFactors):
             include=include,
             exclude=exclude,
         )
+        self._by_output = order == "output" and self.delay > 0
+        self._inputs, self._moments = Inputs(self._placement, inside=False), dict[str, Tensor]()
         self._statistics = {m: m.momentum for m in self._model.modules() if isinstance(m, _BatchNorm)}
         self.step()
 
@@ -126,18 +139,42 @@ class Nested(TwoFactors):
         return {site.name: cast(TrainedFactors, site.module).leading[site.slot.stem][1] for site in self._products()}
 
     def step(self) -> None:
-        """Converts when it is time, and draws for the next step."""
+        """Converts when it is time, looks at inputs in the step before, and draws for the next step."""
         if self.steps >= self.delay and not self.converted:
             self._convert()
+        self._watch_if_due()
         self._draw()
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes: has inputs seen in a model under torch.compile too."""
+        return self._inputs.passes()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As for the others; the draw of the next step comes back with the number of those taken."""
+        self._inputs.drop()
         super().load_state_dict(state)
+        self._watch_if_due()
         self._draw()
 
+    def _convert(self) -> None:
+        """The conversion, in the order of the outputs where it is known."""
+        self._moments = self._inputs.means()
+        if self._by_output and (unseen := [name for name in self._sites if name not in self._moments]):
+            warn_of_unseen(unseen, "their directions begin in the order of singular values")
+        super()._convert()
+        self._moments = {}
+
     def _product(self, site: WeightSite) -> SVD:
-        return self._leading(site, share_or_rule(self.fractions[-1]), 0.0)
+        moment = self._moments.get(site.name)
+        if moment is None:
+            return self._leading(site, share_or_rule(self.fractions[-1]), 0.0)
+        kept = by_output(site.core().double(), moment).leading(share_of_side(self.fractions[-1], site.shape))
+        return kept.to(working_dtype(site.parameter.dtype))
+
+    def _watch_if_due(self) -> None:
+        """Looks at inputs in the step before the conversion."""
+        if self._by_output and not self.converted and self.steps == self.delay - 1:
+            self._inputs.watch(self._sites.values())
 
     def _draw(self) -> None:
         """Which directions of which layer the next step takes; running statistics are those of all directions."""

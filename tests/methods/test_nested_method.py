@@ -9,7 +9,10 @@ from small_runs import batch, idle, mlp, stack, train_step, with_spectrum
 from torch import nn
 
 from hpclr import FixedRank, Nested, densify
+from hpclr.lowrank import LowRankWarning, select
+from hpclr.lowrank.activations import input_moments
 from hpclr.lowrank.elastic import cut
+from hpclr.lowrank.regression import nearest_in
 from hpclr.nested import joint, sequential
 
 
@@ -177,10 +180,66 @@ def test_running_statistics_come_from_steps_with_all_directions():
     assert seen == {True, False}
 
 
+def passes(model, batches):
+    """Passes of training, the inputs in single samples; and one of evaluation between them, which does not count."""
+    for x in batches:
+        model(x).square().sum().backward()
+        model.eval()(torch.ones_like(x))
+        model.train()
+
+
+def test_directions_begin_in_the_order_of_the_outputs_in_the_step_before():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12), nn.Conv1d(1, 6, 3)).double()
+    model.insert(3, nn.Unflatten(1, (1, 12)))
+    optimizer = idle(model)
+    method = Nested(model, optimizer, delay=2, fractions=(1, 0.25), keep_last=False)
+    data = torch.randn(2, 4, 12, dtype=torch.float64) * torch.logspace(0, -2, 12, dtype=torch.float64)
+    passes(model, [torch.ones(4, 12, dtype=torch.float64)])  # the step before that
+    optimizer.step()
+    method.step()
+    before, x = copy.deepcopy(model), torch.cat(list(data))
+    sites = select(before).eligible
+    moments = input_moments(before, sites, [x])
+    passes(model, data)
+    assert method.converted is False
+    optimizer.step()
+    method.step()
+    assert method.converted
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    cut(model, 0.25)
+    for site, after in zip(sites, select(model).eligible, strict=True):
+        weight, moment = site.core(), moments[site.name]
+        best = nearest_in(weight, moment, -(-min(weight.shape) // 4))
+        assert torch.allclose(densify(copy.deepcopy(after.module)).weight.flatten(1), best, atol=1e-9), site.name
+
+
+def test_what_is_compiled_shows_its_inputs(recwarn):
+    model = mlp([8, 8, 8])
+    optimizer, compiled = idle(model), torch.compile(model, backend="eager")
+    method = Nested(model, optimizer, delay=2, keep_last=False)
+    for step in range(3):
+        with method.probing():
+            train_step(compiled, optimizer, *batch(step, 8, 8))
+        method.step()
+    assert method.converted
+    assert not [one for one in recwarn if issubclass(one.category, LowRankWarning)]
+
+
+def test_who_cannot_see_inputs_says_so():
+    model = mlp([8, 8, 8])
+    optimizer = idle(model)
+    method = Nested(model, optimizer, delay=1, keep_last=False)
+    optimizer.step()
+    with pytest.warns(LowRankWarning, match=r"2 layers \(0, 2\) took nothing in .*: their directions begin"):
+        method.step()
+    assert method.drawn
+
+
 def test_until_the_delay_nothing_changes_and_then_all_directions_that_are_to_be_kept():
     model = mlp([10, 16, 12, 8])
     optimizer = idle(model)
-    method = Nested(model, optimizer, delay=0.25, total_steps=8, fractions=(0.5, 0.2))
+    method = Nested(model, optimizer, delay=0.25, total_steps=8, fractions=(0.5, 0.2), order="size")
     seen = []
     for _ in range(3):
         seen.append((method.ranks, method.drawn.keys()))
@@ -205,6 +264,7 @@ def test_until_the_delay_nothing_changes_and_then_all_directions_that_are_to_be_
         ({"weights": (1, 1, 1, 0)}, "weights must be finite numbers above 0, found 0"),
         ({"nesting": "both"}, "nesting must be 'joint' or 'sequential', found 'both'"),
         ({"draw": "unit"}, "draw must be 'model' or 'layer', found 'unit'"),
+        ({"order": "input"}, "order must be 'output' or 'size', found 'input'"),
         ({"delay": 0.5}, "delay=0.5 is a fraction of the run, whose length is not known"),
         ({"max_aspect": 1.0}, "max_aspect must be a number above 1"),
     ],

@@ -34,7 +34,7 @@ CASES = {
             "optimizer": DECAYING,
             "train": {"micro_batch": 24, "ema": 0.8},
         },
-        (0, 4, 7),
+        (0, 3, 4, 7),
     ),
     "cuttlefish, Frobenius decay, average": (
         {

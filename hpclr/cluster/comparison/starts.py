@@ -26,8 +26,8 @@ _STARTING_POINTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fixed_rank": {"rank": 0.25},
         # The switch at half of the run at the latest, and before that 25 measurements: it takes 15 to see them flatten.
         "cuttlefish": {"every": 0.02, "delay": 0.5},
-        # Factors of untrained weights learn slowly; after a third of the run there is an order to keep.
-        "nested": {"delay": 0.3},
+        # What lower ranks cost the whole model they cost while they train, and they learn fast.
+        "nested": {"delay": 0.7},
         # Adapters, for a model that begins with pretrained weights.
         "sara": {"proportion": 0.1},
         "mo_sara": {"proportion": 0.5},
