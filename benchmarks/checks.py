@@ -2,6 +2,7 @@
 
     python benchmarks/checks.py [--processes 1,2,4] [--layers 24] [--width 384] [--json FILE]
     python benchmarks/checks.py --paper [--models mini-vit,vit-b] [--depth N] [--device cuda] [--dtype bfloat16]
+    python benchmarks/checks.py --batched [--device cuda]
 
 The first compares `svd: rank0` with `svd: spread` on 1, 2, 4 … processes. Each number of processes trains the same
 multilayer perceptron twice, by torchrun on this machine, with one thread a process; the two ways take turns. `check` is
@@ -15,6 +16,8 @@ train side by side, step by step: `exact` decomposes every matrix at every check
 the delay (no bases yet), at the conversion, after it (half of the layers covered, then all: what is cut has been made
 so that a quarter of the ranks remains), and after the cuts. Time grows with the number of blocks for steps and checks
 alike, so `--depth 1` tells the shares too. `--dtype` is that of autocast; weights are float32.
+
+The third asks whether the eigenvalue problems of layers of one shape are solved sooner as one batch than one by one.
 """
 
 import argparse
@@ -48,6 +51,8 @@ def main() -> None:
         worker(arguments)
     elif arguments.paper:
         paper(arguments)
+    elif arguments.batched:
+        batched(arguments)
     else:
         ways(arguments)
 
@@ -75,10 +80,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, help="steps between checks: 10, with --paper 500")
     parser.add_argument("--paper", action="store_true", help="the paper's sizes and frequency, in one process")
+    parser.add_argument("--batched", action="store_true", help="eigenvalue problems together and one by one")
     parser.add_argument("--models", default=",".join(PAPER), help=f"with --paper: of {', '.join(PAPER)}")
     parser.add_argument("--depth", type=int, help="with --paper: another number of blocks")
     parser.add_argument("--batch", type=int, help="with --paper: another number of images")
-    parser.add_argument("--device", default="cpu", help="with --paper")
+    parser.add_argument("--device", default="cpu", help="with --paper or --batched")
     parser.add_argument("--dtype", default="float32", help="with --paper: float32, or that of autocast")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -224,6 +230,25 @@ class PaperRun:
         what()
         measure.synchronise(self.device)
         return time.perf_counter() - began
+
+
+def batched(arguments: argparse.Namespace) -> None:
+    """Gram matrices in float64, as checks have them."""
+    import torch
+
+    print(measure.heading(measure.machine(arguments.device)) + "\n")
+    rows = []
+    for size, layers in ((96, 24), (192, 24), (384, 8)):
+        part = torch.randn(layers, size, size, dtype=torch.float64, device=arguments.device)
+        grams = part @ part.mT
+        ways = {
+            "one by one": lambda grams=grams: [torch.linalg.eigh(gram) for gram in grams],
+            "together": lambda grams=grams: torch.linalg.eigh(grams),
+        }
+        times = measure.interleaved(ways, device=arguments.device, repeats=arguments.repeats)
+        speed = measure.speed_ratios(times, "one by one")["together"]
+        rows.append([layers, f"{size}x{size}", f"{measure.medians(times)['one by one']:.3f}", f"{speed:.2f}"])
+    measure.show(("layers", "size", "one by one s", "speed together"), rows)
 
 
 def quarter_of_the_spectrum(model: Any) -> None:

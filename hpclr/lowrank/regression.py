@@ -11,6 +11,7 @@ the multivariate linear model", J. Multivariate Analysis 5, 1975; Bunea, She and
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,15 +214,65 @@ def decompose_in(weight: Tensor, moment: Tensor) -> SVD:
         FactorizationError: if either has infinite or NaN entries.
         ValueError: if they do not fit.
     """
+    _check_pair(weight, moment)
+    squares, q = torch.linalg.eigh(finite(moment, "square root").double())
+    wide = weight.detach().to(moment.device, torch.float64)
+    u, s, v = svd(wide @ q * squares.clamp_min(0).sqrt())
+    return SVD(u, s, v @ q.mT)
+
+
+class OutputOrder(NamedTuple):
+    """The directions of a weight in the order of what they do to outputs.
+
+    Attributes:
+        u: U (m×r) of W C^½ = U S Vᵀ, r = min(m, n), orthonormal.
+        s: S, descending: E‖(W − U_k U_kᵀ W) x‖² is the sum of the squares behind the first k.
+    """
+
+    u: Tensor
+    s: Tensor
+
+    def cut(self, weight: Tensor, rank: int) -> SVD:
+        """The singular value decomposition of W_k = U_k U_kᵀ W, of all weights of rank k the one that errs least.
+
+        Args:
+            weight: W (m×n).
+            rank: k.
+        """
+        u = self.u[:, :rank]
+        left, s, vh = svd(u.mT @ weight.detach().to(u))
+        return SVD(u @ left, s, vh)
+
+
+@torch.no_grad()
+def order_by_output(weight: Tensor, moment: Tensor) -> OutputOrder:
+    """As `decompose_in`, by the eigenvectors of a matrix of the smaller side alone.
+
+    These are of W C Wᵀ, or for a tall W = Q R of R C Rᵀ. In float64 values below 10⁻⁸ of the largest are lost so.
+
+    Args:
+        weight: W (m×n).
+        moment: C = E[x xᵀ] (n×n).
+
+    Raises:
+        FactorizationError: if either has infinite or NaN entries.
+        ValueError: if they do not fit.
+    """
+    _check_pair(weight, moment)
+    wide, base = finite(weight, "order of outputs").detach().to(moment.device, torch.float64), None
+    if wide.shape[0] > wide.shape[1]:
+        base, wide = torch.linalg.qr(wide)
+    squares, vectors = torch.linalg.eigh(finite(wide @ moment.double() @ wide.mT, "order of outputs"))
+    u = vectors.flip(1)
+    return OutputOrder(u if base is None else base @ u, squares.flip(0).clamp_min(0).sqrt())
+
+
+def _check_pair(weight: Tensor, moment: Tensor) -> None:
     if weight.ndim != 2 or moment.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
             f"a weight m×n and the second moment n×n of its inputs belong together, found {tuple(weight.shape)} and "
             f"{tuple(moment.shape)}"
         )
-    squares, q = torch.linalg.eigh(finite(moment, "square root").double())
-    wide = weight.detach().to(moment.device, torch.float64)
-    u, s, v = svd(wide @ q * squares.clamp_min(0).sqrt())
-    return SVD(u, s, v @ q.mT)
 
 
 def nearest_in(weight: Tensor, moment: Tensor, rank: int) -> Tensor:

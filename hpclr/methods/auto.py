@@ -1,4 +1,4 @@
-"""OIALR without settings (`auto=True`): when a layer freezes and at which rank follow from the noise in its weight.
+"""OIALR without settings (`auto=True`): a layer freezes by the noise in its weight, at the rank that its outputs need.
 
 A weight in training is noise, first of all that of its initialisation, and what it has learned, which is of far lower
 rank: a learned direction is seen once its singular value stands out of the spectrum of noise (`hpclr.lowrank.noise`).
@@ -6,12 +6,16 @@ So at each check, of which there are twenty in a run, and for each layer that is
 
     noise     σ from the median singular value; the k values above the edge of the noise, P = U_k V_kᵀ
     is still  if 0 < k ≤ k', the k of the last check, and ⟨P, P'⟩ / (‖P‖ ‖P'‖) ≥ (1/k) Σᵢ ⟨uᵢ, ûᵢ⟩² ⟨vᵢ, v̂ᵢ⟩²
-    settled   if it is still at two checks in a row: W becomes U_k Σ V_kᵀ, and Σ is what is trained from then on
+    settled   if it is still at two checks in a row: W becomes U_r Σ V_rᵀ, and Σ is what is trained from then on
 
 No direction has come out of the noise since the last check, and those that are out have turned no further than they
 would have if only the noise had been drawn anew: û = √a u + √(1 − a) w with w independent of u and of another draw, so
 that ⟨û, û'⟩ is a = ⟨u, û⟩² on average, and likewise for v. A layer that has not settled by `delay` is taken as it is
-then. As long as factors of rank k would be larger or slower than the dense weight, W stays as it is and is watched.
+then. As long as factors of rank r would be larger or slower than the dense weight, W stays as it is and is watched.
+
+r is the least rank at which the layer's outputs, of the inputs of the step before, are those of W to 1.4 %:
+E‖(W − W_r) x‖² ≤ 0.0002 E‖W x‖². That is more than k: what lies below the edge of the noise still does something to
+outputs, and a Σ of k directions has too little left to learn.
 
 The published method freezes at a step that is chosen by hand and cuts by a share β of σ₁, likewise chosen.
 """
@@ -31,7 +35,7 @@ P = ParamSpec("P")
 AUTO: Mapping[str, Any] = {
     "delay": 0.6,
     "every": 0.05,
-    "cutoff": {"rule": "marchenko_pastur", "noise": None},
+    "cutoff": {"rule": "energy", "share": 0.9998},
     "layer_fraction": 1.0,
     "max_cut": 1.0,
     "keep_first": True,
@@ -39,6 +43,7 @@ AUTO: Mapping[str, Any] = {
     "stability_threshold": 0.99,
     "convert": "when_it_pays",
     "sigma_lr": 2.0,
+    "order": "output",
 }
 """What `auto` decides, in the words of OIALR's settings; the threshold of stability is that of each layer's noise."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hpclr.lowrank import WeightSite
+from hpclr.lowrank import GavishDonoho, MarchenkoPastur, RankRule, WeightSite
 from hpclr.lowrank.layers import is_sharded
 from hpclr.methods.placement import Placement
 from hpclr.methods.schedule import is_number
@@ -23,6 +23,7 @@ def check_settings(
     stability_threshold: float,
     convert: str,
     sigma_lr: float,
+    order: str,
 ) -> None:
     """Raises ValueError for the first of OIALR's settings that is out of range."""
     _number("every", every, lambda x: x > 0, "a number above 0")
@@ -33,6 +34,22 @@ def check_settings(
     _number("stability_threshold", stability_threshold, lambda x: 0 < x <= 1, "a number in (0, 1]")
     _one_of("convert", convert, ("at_delay", "when_it_pays"))
     _number("sigma_lr", sigma_lr, lambda x: 0 < x < inf, "a finite number above 0")
+    _one_of("order", order, ("size", "output"))
+
+
+def check_order(order: str, rule: RankRule, placement: Placement) -> None:
+    """Raises ValueError or TypeError if directions are to be judged by outputs where that cannot be."""
+    if order == "output" and isinstance(rule, MarchenkoPastur | GavishDonoho):
+        raise ValueError(
+            "order='output' judges directions by what they do to outputs, but the cutoff is a rule for noise in "
+            "weights; give another one, such as {'rule': 'energy', 'share': 0.9998}, or leave the order at 'size'"
+        )
+    if order == "output" and placement.sharded:
+        raise TypeError(
+            "order='output', which auto=True sets too, needs what whole layers take in, of which a sharded model has "
+            "only a part in each process; leave it at 'size', or use hpclr.parallel.Replica where the whole model fits "
+            "on one device"
+        )
 
 
 def check_svd_settings(
@@ -85,6 +102,7 @@ def check_nested_settings(
     weights: Sequence[float] | None,
     nesting: str,
     draw: str,
+    order: str,
     frobenius_decay: float | None,
     max_aspect: float,
 ) -> None:
@@ -101,6 +119,7 @@ def check_nested_settings(
         )
     _one_of("nesting", nesting, ("joint", "sequential"))
     _one_of("draw", draw, ("model", "layer"))
+    _one_of("order", order, ("output", "size"))
     _check_frobenius_decay(frobenius_decay)
     _check_max_aspect(max_aspect)
 

@@ -14,7 +14,7 @@ as if nothing had happened but the cut. Steps are those the optimiser has really
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import ceil
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -22,27 +22,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpclr.lowrank import KINDS, MarchenkoPastur, RankRule, WeightSite, rank_rule, select
-from hpclr.lowrank.factors import SVD, finite, polar, working_dtype
+from hpclr.lowrank.factors import SVD, finite, working_dtype
 from hpclr.lowrank.moments import check_optimizer
-from hpclr.lowrank.product import pays
-from hpclr.lowrank.ranks import with_noise
-from hpclr.lowrank.spectra import measured_in
-from hpclr.methods.auto import decides_alone, signal_in
+from hpclr.methods.auto import decides_alone
 from hpclr.methods.base import ChangeHook, Method, no_penalty
 from hpclr.methods.checks import (
     check_layers,
     check_model,
+    check_order,
     check_saved,
     check_saved_by,
     check_settings,
     check_whole,
     placement_of,
 )
+from hpclr.methods.examining import Examiner
 from hpclr.methods.factoring import change_basis, share_outcomes
 from hpclr.methods.placement import Here, Outcome, Placement
+from hpclr.methods.probing import Probe
 from hpclr.methods.schedule import CheckSchedule, exact, in_steps
 from hpclr.methods.stability import StabilityTracker
 from hpclr.methods.steps import OptimizerSteps
+from hpclr.methods.watching import Inputs, warn_of_unseen
 
 
 class OIALR(Method):
@@ -73,6 +74,9 @@ class OIALR(Method):
         convert: "at_delay", or "when_it_pays": a layer is converted, and cut, at the first check that covers it and
             finds its rank so low that factors are no larger and no slower than the dense weight; else that trains.
         sigma_lr: a factor on the learning rate of Σ.
+        order: by what directions are judged and cut: "size", that of their singular values, as published; or "output",
+            what they do to the layer's outputs: those of W C^½, with C = E[x xᵀ] of its inputs x in the step before the
+            check. The cutoff is of these values then. For rules that do not judge by noise; not for sharded models.
         total_steps: the length of the run; needed if `delay` or `every` are fractions of it.
         placement: which process examines which layer; None: as the replica says, else this one all of them.
         auto: when layers freeze and at which ranks follows from the noise in their weights (`hpclr.methods.auto`); no
@@ -81,6 +85,8 @@ class OIALR(Method):
     Attributes:
         failures: how often a layer could not be decomposed (it then keeps its basis).
         frozen_at: layer name → the step at which it was converted.
+        outside: layer name → the share of the gradient with regard to the whole weight that lay outside the frozen
+            basis at the last check, from 0 to 1; layers that were not measured (`probing`) are absent.
         report: layer name → why it stays dense.
 
     Raises:
@@ -110,12 +116,13 @@ class OIALR(Method):
         stability_threshold: float = 0.99,
         convert: Literal["at_delay", "when_it_pays"] = "at_delay",
         sigma_lr: float = 1.0,
+        order: Literal["size", "output"] = "size",
         total_steps: int | None = None,
         placement: Placement | None = None,
         auto: bool = False,
     ) -> None:
         check_settings(
-            every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
+            every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr, order
         )
         self._model = check_model(model, sharded=True)
         names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}
@@ -125,21 +132,29 @@ class OIALR(Method):
         check_layers(self._sites, self.report, "OIALR")
         check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
         self._optimizer = optimizer
-        self._rule = rank_rule(cutoff)
-        self._edge = self._rule if auto and isinstance(self._rule, MarchenkoPastur) else None
         self._schedule = CheckSchedule(
             in_steps("delay", delay, total_steps), in_steps("every", every, total_steps), layer_fraction
         )
-        self._max_cut, self._min_rank = exact(max_cut), exact(min_rank)
-        self._when_stable, self._when_it_pays = freeze == "stable", convert == "when_it_pays"
         self._placement = placement or placement_of(model) or Here()
         self._hooks: list[ChangeHook] = []
         self._counter = OptimizerSteps(optimizer, self._sigmas, sigma_lr, [s.parameter for s in chosen.eligible])
         self._tracker = StabilityTracker(stability_threshold)
-        self._watched = {site.name: site.rank for site in chosen.eligible}
-        self._noise: dict[str, float] = {}
-        self.frozen_at: dict[str, int] = {}
-        self.failures = 0
+        self._probe, self.outside = Probe(self._sites, self._placement), dict[str, float]()
+        self._inputs = Inputs(self._placement, inside=True)
+        self._examiner = Examiner(
+            self._placement,
+            self._tracker,
+            rank_rule(cutoff),
+            by_output=order == "output",
+            edge=MarchenkoPastur() if auto else None,
+            when_stable=freeze == "stable",
+            when_it_pays=convert == "when_it_pays",
+            max_cut=exact(max_cut),
+            min_rank=exact(min_rank),
+            watched={site.name: site.rank for site in chosen.eligible},
+        )
+        check_order(order, self._examiner.rule, self._placement)
+        self.frozen_at, self.failures = dict[str, int](), 0
         self._begin()
 
     @property
@@ -155,7 +170,9 @@ class OIALR(Method):
     @property
     def ranks(self) -> dict[str, int]:
         """Layer name → rank: of its Σ once it is converted, until then what the rule would keep."""
-        return {name: site.rank if site.is_lowrank else self._watched[name] for name, site in self._sites.items()}
+        return {
+            name: site.rank if site.is_lowrank else self._examiner.watched[name] for name, site in self._sites.items()
+        }
 
     @property
     def frozen(self) -> dict[str, bool]:
@@ -180,11 +197,24 @@ class OIALR(Method):
         check_whole(self._placement)
         self._hooks.append(hook)
 
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """Around forward and backward passes: has the check after this step, if there is one, find `outside`.
+
+        With order "output" it has inputs seen in a model under torch.compile too. In such a step weights are rebuilt,
+        and the gradients G with regard to them kept until `step`: see `hpclr.lowrank.probing.dense_gradients`. All
+        other steps are as they would be without it. All processes must use it, or none.
+        """
+        due = self._schedule.latest(self.steps + 1) > self._last_check
+        with self._inputs.passes(), self._probe.gathering(self.steps + 1) if due else nullcontext():
+            yield
+
     def step(self) -> None:
         """Converts, measures and cuts when a check is due; costs nothing when none is."""
         j = self._schedule.latest(self._counter.taken)
         if j > self._last_check:
             self._check(j)
+        self._watch_if_due()
 
     def _begin(self) -> None:
         """The bases at the start, which the first check compares with; without a delay that check is now."""
@@ -195,17 +225,13 @@ class OIALR(Method):
                 raise ValueError(f"layer '{name}': {outcome.failed}")
         if self._schedule.delay == 0:
             self._check(0)
+        self._watch_if_due()
 
     def _first_look(self, site: WeightSite) -> Outcome:
         weight = finite(site.core(), "basis")
         if self._schedule.delay > 0:
-            self._tracker.remember(site.name, self._first_basis(site, weight))
+            self._tracker.remember(site.name, self._examiner.first_basis(site, weight))
         return Outcome(site.rank, None, None)
-
-    def _first_basis(self, site: WeightSite, weight: Tensor) -> Tensor:
-        if self._edge is not None and not site.is_lowrank:
-            return signal_in(self._placement.decompose(weight, dense=True), self._edge).polar
-        return self._placement.measure(weight, None, dense=not site.is_lowrank).polar
 
     def _share(self, examine: Callable[[WeightSite], Outcome]) -> Iterator[tuple[str, Outcome]]:
         """Each layer examined by one process, the outcomes on all."""
@@ -216,86 +242,34 @@ class OIALR(Method):
         """Check j: every layer is examined, by whichever process; every process applies the outcomes."""
         self._last_check = j
         self.checks += 1
-        names = list(self._sites)
-        covered = set(names[len(names) - self._schedule.covered(j, len(names)) :])
-        for name, outcome in self._share(lambda site: self._examine(site, j, site.name in covered)):
+        self.outside = self._probe.outside(self.steps)
+        covered = self._covered(j)
+        self._take_moments(covered)
+        for name, outcome in self._share(lambda site: self._examiner.examine(site, j, site.name in covered)):
             self._apply(self._sites[name], outcome)
+        self._examiner.moments = {}
         self._placement.confirm(self.ranks, self._model.parameters())
 
-    def _examine(self, site: WeightSite, j: int, covered: bool) -> Outcome:
-        if site.is_lowrank:
-            return self._examine_sigma(site, covered)
-        return (
-            self._examine_weight(site, j, covered) if self._edge is None else self._examine_signal(site, j, self._edge)
-        )
+    def _covered(self, j: int) -> set[str]:
+        names = list(self._sites)
+        return set(names[len(names) - self._schedule.covered(j, len(names)) :])
 
-    def _examine_weight(self, site: WeightSite, j: int, covered: bool) -> Outcome:
-        """W: how much of its basis it has kept, the rank it would have, and its factors if it is converted now."""
-        weight, due = site.core(), j >= 0
-        # the factors of a weight tell all else too, if it is known beforehand that they will be needed
-        basis = self._placement.decompose(weight, dense=True) if due and not self._when_it_pays else None
-        found = measured_in(basis, self._rule) if basis else self._placement.measure(weight, self._rule, dense=True)
-        stability = self._tracker.measure(site.name, found.polar)
-        settled = self._when_stable and self._tracker.settles(site.name, stability)
-        rank = self._limited(site, found.rank)
-        keep = self._converted_rank(site, rank, due=due, covered=covered, settled=settled)
-        if keep is not None:
-            basis = (basis or self._placement.decompose(weight, dense=True)).leading(keep)
-        # only the whole spectrum of a dense weight tells the noise in it
-        return Outcome(rank, stability, basis, found.noise)
+    def _watch_if_due(self) -> None:
+        """Looks at the inputs of the next step, if the check after it wants to judge by them."""
+        j = self._schedule.latest(self.steps + 1)
+        if self._examiner.by_output and j > self._last_check:
+            covered, early = self._covered(j), self._examiner.when_stable and self._examiner.when_it_pays
+            self._inputs.watch(s for s in self._sites.values() if s.name in covered or (early and not s.is_lowrank))
 
-    def _examine_signal(self, site: WeightSite, j: int, edge: MarchenkoPastur) -> Outcome:
-        """W under `auto`: whether what stands out of the noise in it has settled, and factors of that if so."""
-        basis = self._placement.decompose(site.core(), dense=True)
-        signal = signal_in(basis, edge)
-        stability = self._tracker.measure(site.name, signal.polar)
-        still = signal.is_still(stability, self._watched[site.name])
-        settled = self._tracker.settles(site.name, stability, still)
-        rank, due = self._limited(site, signal.rank), j >= 0 and signal.rank > 0
-        keep = self._converted_rank(site, rank, due=due, covered=due, settled=settled)
-        cut = None if keep is None else basis.leading(keep)
-        return Outcome(rank, stability, cut, signal.noise or None, still=still)
-
-    def _examine_sigma(self, site: WeightSite, covered: bool) -> Outcome:
-        """Σ: how much of its basis it has kept, and what it is re-factorised to, if the check covers it."""
-        sigma = site.core()
-        if not covered:
-            found = self._placement.measure(sigma, None, dense=False)
-            return Outcome(site.rank, self._tracker.measure(site.name, found.polar), None)
-        basis = self._placement.decompose(sigma, dense=False)
-        stability = self._tracker.measure(site.name, polar(basis.to(working_dtype(sigma.dtype))))
-        rule = with_noise(self._rule, self._noise.get(site.name))
-        rank = self._limited(site, rule(basis.s, site.shape))
-        keep = self._cut(site, rank)
-        return Outcome(rank, stability, None if keep is None else basis.leading(keep))
-
-    def _limited(self, site: WeightSite, rank: int | None) -> int:
-        """The rank that the rule keeps, not below the floor."""
-        least = max(1, ceil(self._min_rank * min(site.shape)))
-        return min(site.rank, max(least, rank or 0))
-
-    def _cut(self, site: WeightSite, rank: int) -> int | None:
-        """The rank to which a converted layer is re-factorised; None leaves its basis as it is."""
-        rank = max(rank, ceil((1 - self._max_cut) * site.rank))
-        low_precision = torch.finfo(site.parameter.dtype).bits < 32
-        # without a cut the rotation changes nothing but rounding, of which a 16-bit basis can bear little
-        return None if low_precision and rank == site.rank else rank
-
-    def _converted_rank(self, site: WeightSite, rank: int, *, due: bool, covered: bool, settled: bool) -> int | None:
-        """The rank at which a dense layer is converted now; None leaves it dense."""
-        if not self._when_it_pays:
-            return site.rank if due or settled else None
-        if not (covered or settled):
-            return None
-        return rank if pays(*site.shape, rank, groups=site.groups, positions=site.positions) else None
+    def _take_moments(self, covered: set[str]) -> None:
+        self._examiner.moments = found = self._inputs.means()
+        unseen = [name for name in self._sites if name in covered - found.keys()]
+        if unseen and self._examiner.by_output:
+            warn_of_unseen(unseen, "they are not cut")
 
     def _apply(self, site: WeightSite, outcome: Outcome) -> None:
         self.failures += outcome.failed is not None
-        self._watched[site.name] = outcome.rank
-        if outcome.noise is not None:
-            self._noise[site.name] = outcome.noise
-        if outcome.stability is not None:
-            self._tracker.record(site.name, outcome.stability, outcome.still)
+        self._examiner.record(site, outcome)
         if outcome.basis is not None:
             self._change_basis(site, outcome.basis)
             self._tracker.rebase(site.name, outcome.basis.s.to(working_dtype(site.parameter.dtype)))
@@ -318,9 +292,11 @@ class OIALR(Method):
             "last_check": self._last_check,
             "failures": self.failures,
             "ranks": {name: site.rank for name, site in self._sites.items() if site.is_lowrank},
-            "watched": dict(self._watched),
-            "noise": dict(self._noise),
+            "watched": dict(self._examiner.watched),
+            "signals": dict(self._examiner.signals),
+            "noise": dict(self._examiner.noise),
             "frozen_at": dict(self.frozen_at),
+            "outside": dict(self.outside),
             "stability": self._tracker.state_dict(self._placement.gather(self._tracker.memory)),
         }
 
@@ -343,7 +319,11 @@ class OIALR(Method):
         # a run made longer has its checks elsewhere, if they are fractions of it
         self._last_check = min(int(state["last_check"]), self._schedule.latest(self.steps))
         self.failures = int(state["failures"])
-        self._watched = {name: int(rank) for name, rank in state["watched"].items()}
-        self._noise = {name: float(noise) for name, noise in state["noise"].items()}
+        self._examiner.watched = {name: int(rank) for name, rank in state["watched"].items()}
+        self._examiner.signals = {name: int(rank) for name, rank in state.get("signals", {}).items()}
+        self._examiner.noise = {name: float(noise) for name, noise in state["noise"].items()}
         self.frozen_at = {name: int(step) for name, step in state.get("frozen_at", {}).items()}
+        self.outside = {name: float(share) for name, share in state.get("outside", {}).items()}
         self._tracker.load_state_dict(state["stability"])
+        self._inputs.drop()
+        self._watch_if_due()

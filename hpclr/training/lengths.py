@@ -51,8 +51,8 @@ def decided_alone(section: Section, total: int) -> str | None:
         return None
     every = "every step" if steps["every"] == 1 else f"every {steps['every']:,} steps"
     return (
-        f"auto: a check {every}; each layer becomes factors of what stands out of the noise in it when that has "
-        f"settled, or at step {steps['delay']:,}, as soon as factors pay"
+        f"auto: a check {every}; each layer becomes factors, of the rank that its outputs need, when what stands out "
+        f"of the noise in it has settled, or at step {steps['delay']:,}, as soon as factors pay"
     )
 
 

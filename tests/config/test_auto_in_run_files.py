@@ -3,7 +3,7 @@
 import pytest
 
 from hpclr.config import dump, parse_run_file
-from hpclr.config.schema import OIALR_AUTO, MarchenkoPasturRule, Oialr
+from hpclr.config.schema import OIALR_AUTO, EnergyRule, Oialr
 from hpclr.errors import UsageError
 
 TEXT = """\
@@ -31,7 +31,7 @@ def test_what_it_decides_is_spelt_out():
     assert {key: getattr(run.method, key) for key in OIALR_AUTO} == OIALR_AUTO
     assert (run.method.min_rank, run.method.exclude, run.method.keep_last) == (0, ("a",), True)
     text = dump(run)
-    assert "rule: marchenko_pastur" in text
+    assert "rule: energy" in text
     assert parse_run_file(text, "run.yaml") == run
 
 
@@ -45,7 +45,7 @@ def test_a_key_that_it_decides_may_not_be_given_not_even_as_its_default(given):
 
 
 def test_its_own_decisions_may_be_given():
-    given = "delay: 0.6, every: 0.05, cutoff: {rule: marchenko_pastur}, keep_first: true"
+    given = "delay: 0.6, every: 0.05, cutoff: {rule: energy, share: 0.9998}, keep_first: true"
     assert parse(f"auto: true, {given}") == parse("auto: true")
 
 
@@ -73,6 +73,6 @@ def test_half_of_a_spectrum_does_not_tell_the_noise():
 
 
 def test_made_in_python_it_is_held_to_the_same():
-    assert Oialr(auto=True).cutoff == MarchenkoPasturRule()
+    assert Oialr(auto=True).cutoff == EnergyRule(share=0.9998)
     with pytest.raises(ValueError, match="max_cut is given"):
         Oialr(auto=True, max_cut=0.4)

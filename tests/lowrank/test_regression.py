@@ -1,6 +1,7 @@
 """Reduced-rank regression, second moments of inputs, and networks that start as a linear map."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hpclr.lowrank import factorize, select
 from hpclr.lowrank.activations import input_moments
 from hpclr.lowrank.factors import FactorizationError
 from hpclr.lowrank.linear_start import start_linear
-from hpclr.lowrank.regression import LinearFit, Moments, decompose_in, fit_linear, nearest_in
+from hpclr.lowrank.regression import LinearFit, Moments, decompose_in, fit_linear, nearest_in, order_by_output
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -312,3 +313,30 @@ def test_a_model_is_left_as_it_was_and_what_no_batch_reaches_is_missing():
     assert not model.drop.training
     assert not model.used._forward_pre_hooks
     assert F.linear(x, model.used.weight).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
+def test_the_order_of_outputs_by_eigenvectors_alone(shape):
+    weight, rank = torch.randn(shape).double(), min(shape)
+    x = torch.randn(500, shape[1]).double() * torch.logspace(1, -2, shape[1]).double()
+    moment = x.T @ x / len(x)
+    order, (u, s, _) = order_by_output(weight, moment), decompose_in(weight, moment)
+    assert_near(order.s, s)
+    assert_near((order.u.T @ u).abs(), torch.eye(rank, dtype=torch.float64), 1e-6)
+    for k in (1, 3, rank):
+        left, values, right = order.cut(weight, k)
+        assert_near((left * values) @ right, nearest_in(weight, moment, k))
+        assert_near(left.T @ left, torch.eye(k, dtype=torch.float64))
+        assert_near(right @ right.T, torch.eye(k, dtype=torch.float64))
+        assert (values.diff() <= 0).all()
+    assert not order_by_output(weight, torch.zeros_like(moment)).s.any()
+
+
+@pytest.mark.parametrize("bad", ["weight", "moment"])
+def test_an_order_of_what_is_not_finite(bad):
+    pair = {"weight": torch.ones(3, 4), "moment": torch.eye(4)}
+    pair[bad][0, 0] = math.nan
+    with pytest.raises(FactorizationError, match="not finite"):
+        order_by_output(**pair)
+    with pytest.raises(ValueError, match="belong together"):
+        order_by_output(torch.ones(3, 4), torch.eye(3))

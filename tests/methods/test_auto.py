@@ -1,4 +1,4 @@
-"""`auto=True`: layers freeze when what stands out of the noise in them has settled, at the rank of that."""
+"""`auto=True`: layers freeze when what stands out of the noise in them has settled, at the rank that outputs need."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hpclr import OIALR
 from hpclr.config.schema import OIALR_AUTO
 from hpclr.lowrank import MarchenkoPastur, rank_rule
 from hpclr.lowrank.factors import alignment
+from hpclr.lowrank.regression import nearest_in
 from hpclr.lowrank.spectra import decompose
 from hpclr.methods.auto import AUTO, signal_in
 
@@ -42,12 +43,18 @@ def test_pure_noise_has_nothing_that_could_be_still():
     assert not nothing.is_still(1.0, before=60)
 
 
-def frozen_of(change):
-    """At which step a layer froze, and its rank, where its weight is `change(step)` after each step; None: never."""
+def frozen_of(change, directions):
+    """At which step a layer froze, and its rank, where its weight is `change(step)` after each step; None: never.
+
+    What it takes in has so many directions, and very little of all others.
+    """
     model = stack(noise(8, 8, 0), change(0), noise(8, 8, 0))
     optimizer = idle(model)
     oialr = OIALR(model, optimizer, auto=True, total_steps=STEPS)
+    x = noise(400, directions, 1) @ orthonormal(64, directions, 64).mT + 1e-4 * noise(400, 64, 2)
     for step in range(1, STEPS + 1):
+        for layer in model:
+            layer(x[:, : layer.in_features])
         optimizer.step()
         if not oialr.frozen["1"]:
             with torch.no_grad():
@@ -55,9 +62,8 @@ def frozen_of(change):
         before = matrices(model)["1"]
         oialr.step()
         if oialr.frozen["1"] and step == oialr.frozen_at["1"]:
-            u, s, vh = torch.linalg.svd(before, full_matrices=False)
-            k = oialr.ranks["1"]
-            assert torch.allclose(matrices(model)["1"], u[:, :k] * s[:k] @ vh[:k], atol=1e-6), "cut as it froze"
+            expected = nearest_in(before, x.mT @ x / len(x), oialr.ranks["1"])
+            assert torch.allclose(matrices(model)["1"], expected, atol=1e-6), "cut as it froze"
     return (oialr.frozen_at["1"], oialr.ranks["1"]) if oialr.frozen["1"] else None
 
 
@@ -66,21 +72,22 @@ SLOW = [[3.0] * min(6 + step // 4, 10) for step in range(STEPS + 1)]  # one dire
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "directions", "expected"),
     [
-        (lambda step: signal([4.0, 3.0], 96, 64) + ADDED, (2 * EVERY, 2)),
-        (lambda step: signal([4.0, 3.0], 96, 64) + noise(96, 64, step), (2 * EVERY, 2)),
-        (lambda step: signal([4.0, 3.0], 96, 64, seed=min(step, 9)) + ADDED, (14, 2)),
-        (lambda step: signal(SLOW[step], 96, 64) + ADDED, (20, 10)),
-        (lambda step: signal([4.0], 96, 64, seed=step) + ADDED, (LATEST, 1)),
-        (lambda step: ADDED, None),
-        (lambda step: signal([40.0] * 31, 96, 64) + ADDED, (2 * EVERY, 31)),
-        (lambda step: signal([400.0] * 40, 96, 64) + ADDED, None),
+        (lambda step: signal([4.0, 3.0], 96, 64) + ADDED, 5, (2 * EVERY, 5)),
+        (lambda step: signal([4.0, 3.0], 96, 64) + noise(96, 64, step), 5, (2 * EVERY, 5)),
+        (lambda step: signal([4.0, 3.0], 96, 64, seed=min(step, 9)) + ADDED, 5, (14, 5)),
+        (lambda step: signal(SLOW[step], 96, 64) + ADDED, 12, (20, 12)),
+        (lambda step: signal([4.0], 96, 64, seed=step) + ADDED, 5, (LATEST, 5)),
+        (lambda step: ADDED, 5, None),
+        (lambda step: signal([4.0, 3.0], 96, 64) + ADDED, 31, (2 * EVERY, 31)),
+        (lambda step: signal([4.0, 3.0], 96, 64) + ADDED, 40, None),
     ],
     ids=["still", "noise drawn anew", "turning", "growing", "never still", "noise", "many", "too many to pay"],
 )
-def test_a_layer_freezes_when_its_signal_has_settled(change, expected):
-    assert frozen_of(change) == expected
+def test_a_layer_freezes_when_its_signal_has_settled(change, directions, expected):
+    """At the rank that its outputs need: that of its inputs here."""
+    assert frozen_of(change, directions) == expected
 
 
 def test_the_published_ways_are_as_they_were():
@@ -121,7 +128,7 @@ def test_without_it_a_moment_and_an_interval_are_needed():
 def test_run_files_and_the_library_decide_the_same():
     assert AUTO.keys() == OIALR_AUTO.keys()
     cutoff = OIALR_AUTO["cutoff"]
-    assert rank_rule(AUTO["cutoff"]) == rank_rule({"rule": cutoff.rule, "noise": cutoff.noise})
+    assert rank_rule(AUTO["cutoff"]) == rank_rule({"rule": "energy", "share": cutoff.share})
     assert {key: value for key, value in AUTO.items() if key != "cutoff"} == {
         key: value for key, value in OIALR_AUTO.items() if key != "cutoff"
     }
@@ -131,7 +138,7 @@ class Run:
     """Everything that trains, as a fresh process would make it."""
 
     def __init__(self, seed):
-        self.model = mlp([10, 32, 32, 32, 8], seed=seed)
+        self.model = mlp([10, 32, 48, 32, 8], seed=seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
         self.oialr = OIALR(self.model, self.optimizer, auto=True, total_steps=STEPS)
 

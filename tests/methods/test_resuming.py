@@ -12,13 +12,15 @@ from hpclr import OIALR
 STEPS = 26
 WIDTHS = [10, 16, 12, 8]
 DELAY, EVERY = 12, 4
-# before the first check, at checks before the conversion, between them, at the conversion, after it, at checks that cut
-STOPS = [1, 4, 7, 8, 12, 13, 16, 20, 25]
+# before the first check, at checks before the conversion, between them, at the conversion, after it, before checks that
+# cut, at them
+STOPS = [1, 4, 7, 8, 12, 13, 15, 16, 20, 25]
 
 MODES = {
     "paper": {"cutoff": 0.35, "layer_fraction": 0.4},
     "stable": {"cutoff": 0.35, "layer_fraction": 0.4, "freeze": "stable", "stability_threshold": 0.9},
     "pays": {"cutoff": 0.6, "layer_fraction": 0.5, "convert": "when_it_pays"},
+    "outputs": {"cutoff": {"rule": "energy", "share": 0.9}, "layer_fraction": 0.4, "order": "output"},
     "stable, pays": {
         "cutoff": 0.6,
         "layer_fraction": 0.5,

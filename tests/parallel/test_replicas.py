@@ -13,20 +13,26 @@ from hpclr.parallel import Replica
 
 
 @functools.cache
-def run(processes, way, optimizer="sgd"):
-    return together(processes, "oialr_loop.py", way, optimizer)
+def run(processes, way, optimizer="sgd", order="size"):
+    return together(processes, "oialr_loop.py", way, optimizer, order)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("way", ["rank0", "spread"])
-def test_many_processes_train_as_one(processes, way):
-    [alone] = run(1, "rank0")
-    for replica in run(processes, way):
+@pytest.mark.parametrize(
+    ("processes", "way", "order"),
+    [(2, "rank0", "size"), (2, "spread", "size"), (4, "rank0", "size"), (4, "spread", "size"), (2, "spread", "output")],
+)
+def test_many_processes_train_as_one(processes, way, order):
+    [alone] = run(1, "rank0", order=order)
+    for replica in run(processes, way, order=order):
         assert replica["ranks"] == alone["ranks"]
         difference = torch.tensor(replica["weights"]) - torch.tensor(alone["weights"])
         assert difference.norm() < 1e-6
     assert len(alone["ranks"]) == 6
     assert alone["ranks"][-1] != alone["ranks"][0]
+
+
+def test_another_order_gives_other_ranks():
+    assert run(1, "rank0", order="output")[0]["ranks"] != run(1, "rank0")[0]["ranks"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -35,6 +41,25 @@ def test_replicas_are_equal_to_the_bit(processes, way):
     replicas = run(processes, way)
     assert len({replica["digest"] for replica in replicas}) == 1
     assert len({replica["moments"] for replica in replicas}) == 1
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_frozen_bases_leave_out_is_that_of_the_whole_batch(processes):
+    """Of the mean gradient, not the mean of the processes' shares."""
+    [alone] = run(1, "rank0")
+    assert [len(found) for found in alone["outside"]] == [0, 0, 3, 3, 3, 3]
+    for replica in run(processes, "spread"):
+        for found, expected in zip(replica["outside"], alone["outside"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-9)
+    assert len({str(replica["outside"]) for replica in run(processes, "rank0")}) == 1
+
+
+def test_all_processes_gather_or_nobody_has_anything():
+    """A layer that no sample of a process comes to has a gradient of zeros there."""
+    for found in together(2, "probing.py"):
+        assert found["one process gathers"] == {}
+        assert found["half of the batch"] == pytest.approx(found["whole batch"], abs=1e-9)
+        assert found["whole batch"].keys() == {"0", "1"}
 
 
 @pytest.mark.parametrize("processes", [2, 4])

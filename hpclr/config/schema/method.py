@@ -89,6 +89,10 @@ class Oialr(Section, kw_only=True, frozen=True):
         doc("At once, or each layer only when its factors are no larger and no slower than dense."),
     ] = "at_delay"
     sigma_lr: Annotated[Positive, doc("Factor on the learning rate of Σ.")] = 1.0
+    order: Annotated[
+        Literal["size", "output"],
+        doc("Directions are judged and cut by their singular values, or by what they do to their layer's outputs."),
+    ] = "size"
     svd: Annotated[
         Literal["rank0", "spread", "heat"],
         doc(
@@ -144,7 +148,7 @@ def _changed(section: Section) -> dict[str, Any]:
 OIALR_AUTO: Mapping[str, Any] = {
     "delay": 0.6,
     "every": 0.05,
-    "cutoff": MarchenkoPasturRule(),
+    "cutoff": EnergyRule(share=0.9998),
     "layer_fraction": 1.0,
     "max_cut": 1.0,
     "keep_first": True,
@@ -152,6 +156,7 @@ OIALR_AUTO: Mapping[str, Any] = {
     "stability_threshold": 0.99,
     "convert": "when_it_pays",
     "sigma_lr": 2.0,
+    "order": "output",
 }
 
 
@@ -215,7 +220,7 @@ class FixedRank(Section, kw_only=True, frozen=True):
 
 
 class Nested(Section, kw_only=True, frozen=True):
-    """Two factors A B whose directions are put into order, so that one checkpoint serves at every rank."""
+    """Factors A B whose directions are in order, so that one checkpoint serves at every rank."""
 
     name: Annotated[Literal["nested"], doc("This method.")] = "nested"
     delay: Annotated[Moment, doc("When weights become factors; until then they train dense.")]
@@ -231,6 +236,13 @@ class Nested(Section, kw_only=True, frozen=True):
         doc("Whether all directions that take part in a step get gradients, or only those that a lower rank lacks."),
     ] = "joint"
     draw: Annotated[Literal["model", "layer"], doc("A rank for all layers in each step, or for one of them.")] = "model"
+    order: Annotated[
+        Literal["output", "size"],
+        doc(
+            "Whether directions begin in the order of what they do to a layer's outputs, by the batch of the step "
+            "before, or of singular values."
+        ),
+    ] = "output"
     frobenius_decay: FrobeniusDecay = None
     max_aspect: MaxAspect = 10.0
     keep_first: KeepFirst = False

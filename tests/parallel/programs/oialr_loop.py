@@ -1,6 +1,7 @@
 """A user's own loop with a Replica and OIALR, in float64, each process on its part of every batch.
 
-Arguments: svd way, optimiser. Leaves ranks at each check, final weights, their digest, bytes reduced.
+Arguments: svd way, optimiser, order of directions. Leaves ranks at each check, final weights, their
+digest, bytes reduced.
 """
 
 import sys
@@ -20,7 +21,7 @@ STEPS, BATCH = 30, 16
 
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
-way, optimizer_name = sys.argv[1:3]
+way, optimizer_name, order = sys.argv[1:4]
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(rank)  # replicas must start equal all the same
@@ -30,7 +31,7 @@ if size == 1:
 replica = Replica(model, svd=way)
 kinds = {"sgd": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2)}
 optimizer = kinds[optimizer_name](replica.parameters())
-oialr = OIALR(replica, optimizer, delay=8, every=5, cutoff=0.3, layer_fraction=0.5)
+oialr = OIALR(replica, optimizer, delay=8, every=5, cutoff=0.3, layer_fraction=0.5, order=order)
 counted: list[int] = []
 
 
@@ -40,7 +41,7 @@ def counting(state, bucket):
 
 
 data = torch.Generator().manual_seed(1)
-ranks = []
+ranks, outside = [], []
 for step in range(STEPS):
     x, y = torch.randn(BATCH, 20, generator=data), torch.randint(0, 5, (BATCH,), generator=data)
     part = slice(BATCH * rank // size, BATCH * (rank + 1) // size)
@@ -48,17 +49,20 @@ for step in range(STEPS):
     if last and size > 1:
         replica.renew()
         replica._current().register_comm_hook(None, counting)
-    F.cross_entropy(replica(x[part]), y[part]).backward()
+    with oialr.probing():
+        F.cross_entropy(replica(x[part]), y[part]).backward()
     optimizer.step()
     optimizer.zero_grad()
     checks = oialr.checks
     oialr.step()
     if oialr.checks > checks:
         ranks.append(oialr.ranks)
+        outside.append(oialr.outside)
 state = oialr.state_dict()
 result = {
     "rank": rank,
     "ranks": ranks,
+    "outside": outside,
     "digest": digest(model.state_dict().values()),
     "moments": digest(v for p in optimizer.state.values() for v in p.values() if isinstance(v, torch.Tensor)),
     "stability": oialr.stability,
