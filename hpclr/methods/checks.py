@@ -23,7 +23,6 @@ def check_settings(
     stability_threshold: float,
     convert: str,
     sigma_lr: float,
-    order: str,
 ) -> None:
     """Raises ValueError for the first of OIALR's settings that is out of range."""
     _number("every", every, lambda x: x > 0, "a number above 0")
@@ -34,17 +33,17 @@ def check_settings(
     _number("stability_threshold", stability_threshold, lambda x: 0 < x <= 1, "a number in (0, 1]")
     _one_of("convert", convert, ("at_delay", "when_it_pays"))
     _number("sigma_lr", sigma_lr, lambda x: 0 < x < inf, "a finite number above 0")
-    _one_of("order", order, ("size", "output"))
 
 
-def check_order(order: str, rule: RankRule, placement: Placement) -> None:
+def check_order(order: str, rule: RankRule, placement: Placement | None = None) -> None:
     """Raises ValueError or TypeError if directions are to be judged by outputs where that cannot be."""
+    _one_of("order", order, ("size", "output"))
     if order == "output" and isinstance(rule, MarchenkoPastur | GavishDonoho):
         raise ValueError(
             "order='output' judges directions by what they do to outputs, but the cutoff is a rule for noise in "
             "weights; give another one, such as {'rule': 'energy', 'share': 0.9998}, or leave the order at 'size'"
         )
-    if order == "output" and placement.sharded:
+    if order == "output" and placement is not None and placement.sharded:
         raise TypeError(
             "order='output', which auto=True sets too, needs what whole layers take in, of which a sharded model has "
             "only a part in each process; leave it at 'size', or use hpclr.parallel.Replica where the whole model fits "

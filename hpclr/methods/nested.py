@@ -20,11 +20,10 @@ an accumulated batch, and after a resume. In evaluation all directions count.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -37,7 +36,6 @@ from hpclr.methods.checks import check_nested_settings
 from hpclr.methods.placement import Placement
 from hpclr.methods.schedule import in_steps
 from hpclr.methods.two_factors import TwoFactors, share_of_side, share_or_rule
-from hpclr.methods.watching import Inputs, warn_of_unseen
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 
@@ -122,14 +120,13 @@ class Nested(TwoFactors):
             title="nesting",
             frobenius_decay=frobenius_decay,
             placement=placement,
+            by_output_at=self.delay if order == "output" else None,
             max_aspect=max_aspect,
             keep_first=keep_first,
             keep_last=keep_last,
             include=include,
             exclude=exclude,
         )
-        self._by_output = order == "output" and self.delay > 0
-        self._inputs, self._moments = Inputs(self._placement, inside=False), dict[str, Tensor]()
         self._statistics = {m: m.momentum for m in self._model.modules() if isinstance(m, _BatchNorm)}
         self.step()
 
@@ -145,24 +142,10 @@ class Nested(TwoFactors):
         self._watch_if_due()
         self._draw()
 
-    def probing(self) -> AbstractContextManager[None]:
-        """Around forward and backward passes: has inputs seen in a model under torch.compile too."""
-        return self._inputs.passes()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As for the others; the draw of the next step comes back with the number of those taken."""
-        self._inputs.drop()
         super().load_state_dict(state)
-        self._watch_if_due()
         self._draw()
-
-    def _convert(self) -> None:
-        """The conversion, in the order of the outputs where it is known."""
-        self._moments = self._inputs.means()
-        if self._by_output and (unseen := [name for name in self._sites if name not in self._moments]):
-            warn_of_unseen(unseen, "their directions begin in the order of singular values")
-        super()._convert()
-        self._moments = {}
 
     def _product(self, site: WeightSite) -> SVD:
         moment = self._moments.get(site.name)
@@ -170,11 +153,6 @@ class Nested(TwoFactors):
             return self._leading(site, share_or_rule(self.fractions[-1]), 0.0)
         kept = by_output(site.core().double(), moment).leading(share_of_side(self.fractions[-1], site.shape))
         return kept.to(working_dtype(site.parameter.dtype))
-
-    def _watch_if_due(self) -> None:
-        """Looks at inputs in the step before the conversion."""
-        if self._by_output and not self.converted and self.steps == self.delay - 1:
-            self._inputs.watch(self._sites.values())
 
     def _draw(self) -> None:
         """Which directions of which layer the next step takes; running statistics are those of all directions."""

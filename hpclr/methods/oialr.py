@@ -122,7 +122,7 @@ class OIALR(Method):
         auto: bool = False,
     ) -> None:
         check_settings(
-            every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr, order
+            every, layer_fraction, max_cut, min_rank, max_aspect, freeze, stability_threshold, convert, sigma_lr
         )
         self._model = check_model(model, sharded=True)
         names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}

@@ -10,7 +10,7 @@ optimiser's state goes to A and B by the chain rule.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from hpclr.lowrank.factors import SVD
 from hpclr.lowrank.ranks import RankRule
 from hpclr.lowrank.sites import WeightSite
-from hpclr.methods.checks import check_layer_settings
+from hpclr.methods.checks import check_layer_settings, check_order
 from hpclr.methods.placement import Placement
 from hpclr.methods.schedule import in_steps
 from hpclr.methods.two_factors import TwoFactors, share_or_rule
@@ -38,6 +38,8 @@ class Truncate(TwoFactors):
         optimizer: holds the model's parameters; A and B take the place of their weight in it, and its state.
         at: the optimiser step after which weights are truncated, or (below 1) a fraction of the run; 0: now.
         rank: a share of min(m, n), rounded up; or a rank rule (`hpclr.lowrank.rank_rule`).
+        order: by what directions are judged: "size", that of singular values; or "output", what they do to the layer's
+            outputs, by the inputs of the step before (as in OIALR). With `at` 0 there has been none: by size.
         min_rank: no rank falls below max(1, ⌈min_rank·min(m, n)⌉).
         max_aspect: weights with max(m, n)/min(m, n) of this or more stay dense.
         keep_first: keep the first layer of an eligible type dense.
@@ -67,6 +69,7 @@ class Truncate(TwoFactors):
         *,
         at: float,
         rank: float | Mapping[str, Any] | RankRule,
+        order: Literal["size", "output"] = "size",
         min_rank: float = 0.0,
         max_aspect: float = 10.0,
         keep_first: bool = False,
@@ -77,6 +80,7 @@ class Truncate(TwoFactors):
         placement: Placement | None = None,
     ) -> None:
         check_layer_settings(min_rank, max_aspect)
+        check_order(order, share_or_rule(rank))
         self.at = in_steps("at", at, total_steps)
         self._rank, self._min_rank = share_or_rule(rank), min_rank
         super().__init__(
@@ -85,6 +89,7 @@ class Truncate(TwoFactors):
             title="truncation",
             frobenius_decay=None,
             placement=placement,
+            by_output_at=self.at if order == "output" else None,
             max_aspect=max_aspect,
             keep_first=keep_first,
             keep_last=keep_last,
@@ -97,6 +102,7 @@ class Truncate(TwoFactors):
         """Truncates when it is time; costs nothing when it is not."""
         if self.steps >= self.at and not self.converted:
             self._convert()
+        self._watch_if_due()
 
     def _product(self, site: WeightSite) -> SVD:
         return self._leading(site, self._rank, self._min_rank)

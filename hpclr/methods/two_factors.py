@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from hpclr.lowrank.factors import SVD, working_dtype
 from hpclr.lowrank.moments import check_optimizer
 from hpclr.lowrank.ranks import RankRule, rank_rule
+from hpclr.lowrank.regression import order_by_output
 from hpclr.lowrank.sites import WeightSite, select
 from hpclr.lowrank.svd_layers import CHANNEL
 from hpclr.lowrank.two_factors import give_rank, merge, split_in_two
@@ -31,6 +33,7 @@ from hpclr.methods.placement import Here, Placement
 from hpclr.methods.regularizers import squared_norm
 from hpclr.methods.schedule import exact
 from hpclr.methods.steps import OptimizerSteps, WithoutDecay
+from hpclr.methods.watching import Inputs, warn_of_unseen
 
 
 class TwoFactors(Method):
@@ -43,6 +46,8 @@ class TwoFactors(Method):
         frobenius_decay: λ of the penalty λ/2 Σ ‖A B‖²_F, which takes the place of the optimiser's weight decay of A and
             B; None: there is none, and their weight decay is that of their weight.
         placement: which process decomposes which layer; None: as the replica says, else this one all of them.
+        by_output_at: the step after which layers are converted by what their directions do to outputs; None, or 0,
+            before which nothing has gone through them: by size.
         of_layers: which layers, as `hpclr.lowrank.select` takes it.
 
     Attributes:
@@ -60,6 +65,7 @@ class TwoFactors(Method):
         title: str,
         frobenius_decay: float | None,
         placement: Placement | None,
+        by_output_at: int | None = None,
         **of_layers: Any,
     ) -> None:
         self._model = check_model(model)
@@ -77,6 +83,8 @@ class TwoFactors(Method):
         if frobenius_decay is not None:
             WithoutDecay(optimizer, self._factors)
         self._converted, self.failures = False, 0
+        self._by_output_at = by_output_at or None
+        self._inputs, self._moments = Inputs(self._placement, inside=False), dict[str, Tensor]()
 
     @abstractmethod
     def _product(self, site: WeightSite) -> SVD | int:
@@ -85,6 +93,10 @@ class TwoFactors(Method):
         Raises:
             FactorizationError: if the weight cannot be decomposed.
         """
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes: has inputs seen in a model under torch.compile too, where order asks."""
+        return self._inputs.passes()
 
     @property
     def steps(self) -> int:
@@ -124,6 +136,7 @@ class TwoFactors(Method):
     @torch.no_grad()
     def _convert(self) -> None:
         """W → A B; each decomposed by one process, the factors on all."""
+        self._take_moments()
         outcomes = share_factors(self._placement, self._sites, self._product)
         if self.steps == 0:  # all or none; there are no gradients and moments yet, but room for them
             outcomes = iter(refuse_failed(dict(outcomes)).items())
@@ -137,13 +150,29 @@ class TwoFactors(Method):
             for change in split_in_two(self._sites[name], outcome.basis, self._optimizer):
                 for hook in self._hooks:
                     hook(change)
+        self._moments = {}
         self._placement.confirm(self.ranks, self._model.parameters())
+
+    def _watch_if_due(self) -> None:
+        """Looks at inputs in the step before the conversion."""
+        if self._by_output_at == self.steps + 1 and not self.converted:
+            self._inputs.watch(self._sites.values())
+
+    def _take_moments(self) -> None:
+        self._moments = self._inputs.means()
+        unseen = [name for name in self._sites if name not in self._moments]
+        if unseen and self._by_output_at is not None:
+            warn_of_unseen(unseen, "their directions are taken in the order of singular values")
 
     def _leading(self, site: WeightSite, wanted: RankRule, min_rank: float) -> SVD:
         """The decomposition of a weight, cut to what a rule keeps, but not below the floor."""
-        basis = self._placement.decompose(site.core(), dense=True)
+        weight, moment = site.core(), self._moments.get(site.name)
         least = max(1, share_of_side(min_rank, site.shape))
-        return basis.leading(max(least, wanted(basis.s, site.shape)))
+        if moment is None:
+            basis = self._placement.decompose(weight, dense=True)
+            return basis.leading(max(least, wanted(basis.s, site.shape)))
+        order = order_by_output(weight, moment)
+        return order.cut(weight, max(least, wanted(order.s, site.shape))).to(working_dtype(weight.dtype))
 
     def _products(self) -> list[WeightSite]:
         return [site for site in self._sites.values() if site.is_lowrank]
@@ -172,6 +201,7 @@ class TwoFactors(Method):
             ValueError: if the state belongs to another method or model; names the first layers that differ or are too
                 small.
         """
+        self._inputs.drop()
         check_saved_by(self.name, state, self.state_dict())
         check_saved(state["layers"], {name: min(site.shape) for name, site in self._sites.items()})
         for name, site in self._sites.items():
@@ -182,6 +212,7 @@ class TwoFactors(Method):
         self._counter.taken = int(state["steps"])
         self._converted, self.failures = bool(state["converted"]), int(state["failures"])
         self._kept_dense = dict(state["kept_dense"])
+        self._watch_if_due()
 
 
 def share_or_rule(rank: float | Mapping[str, Any] | RankRule) -> RankRule:

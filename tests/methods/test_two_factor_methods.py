@@ -12,11 +12,15 @@ from small_runs import batch, frobenius, idle, matrices, mlp, stack, train_step,
 from torch import nn
 
 from hpclr import EMA, OIALR, Cuttlefish, FixedRank, Nested, SVDTraining, Truncate, densify, factorize
+from hpclr.lowrank import select
+from hpclr.lowrank.activations import input_moments
 from hpclr.lowrank.factors import stable_rank
 from hpclr.lowrank.ranks import Energy
+from hpclr.lowrank.regression import nearest_in, order_by_output
 from hpclr.methods.random_start import random_product
 from hpclr.methods.regularizers import squared_norm
 from hpclr.methods.trend import Trend
+from hpclr.methods.two_factors import share_of_side
 
 NEVER = 10**6
 METHODS = {
@@ -27,7 +31,8 @@ METHODS = {
     ),
     "nested": lambda model, optimizer, **s: Nested(model, optimizer, **({"delay": 0, "fractions": (0.5, 0.25)} | s)),
 }
-every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+VARIANTS = METHODS | {"truncate by outputs": lambda *args, **s: METHODS["truncate"](*args, order="output", **s)}
+every_method = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
 
 
 def steps(model, optimizer, method, count, dtype=torch.float32, first=0):
@@ -58,6 +63,34 @@ def leading(weight, k):
 
 
 # --- truncation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0.5, {"rule": "energy", "share": 0.9}])
+def test_truncation_by_outputs_leaves_the_nearest_in_outputs(rank):
+    """At a share, and by a rule, which then judges by outputs."""
+    model = mlp([10, 16, 12, 8], torch.float64)
+    optimizer = idle(model)
+    method = Truncate(model, optimizer, at=2, rank=rank, order="output")
+    for step in range(2):
+        x = batch(step, 10, 8, torch.float64)[0] * torch.logspace(0, -2, 10).double()
+        model(x).sum().backward()
+        optimizer.step()
+        before, moments = matrices(model), input_moments(model, select(model).eligible, [x])
+        method.step()
+    assert len(method.report) < len(before) == 3
+    for site in (site for site in select(model).eligible if site.is_lowrank):
+        name = site.name
+        order = order_by_output(before[name], moments[name])
+        k = share_of_side(0.5, site.shape) if rank == 0.5 else Energy(0.9)(order.s, site.shape)
+        assert site.rank == k
+        expected = nearest_in(before[name], moments[name], k)
+        assert frobenius(matrices(densify(copy.deepcopy(model)))[name] - expected) < 1e-9 * frobenius(expected)
+
+
+def test_truncation_by_outputs_does_not_go_with_noise():
+    model = mlp([10, 16, 8])
+    with pytest.raises(ValueError, match="rule for noise in weights"):
+        Truncate(model, idle(model), at=2, rank={"rule": "gavish_donoho"}, order="output")
 
 
 def test_at_its_step_every_weight_becomes_its_best_approximation():

@@ -194,6 +194,10 @@ class Truncate(Section, kw_only=True, frozen=True):
     name: Annotated[Literal["truncate"], doc("This method.")] = "truncate"
     at: Annotated[Moment, doc("When the weights are truncated.")]
     rank: Annotated[Share | RankRule, doc("Which rank: a share of a layer's smaller side, or a rank rule.")]
+    order: Annotated[
+        Literal["size", "output"],
+        doc("Directions are judged by their singular values, or by what they do to their layer's outputs."),
+    ] = "size"
     min_rank: MinRank = 0.0
     max_aspect: MaxAspect = 10.0
     keep_first: KeepFirst = False
