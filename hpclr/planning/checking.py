@@ -75,6 +75,19 @@ def _examined(m: int, n: int, weight_size: int) -> int:
     return DOUBLE * (2 * m * n + 4 * min(m, n) ** 2) + weight_size * m * n
 
 
+def watched_bytes(section: Section, ranks: Ranks, layers: Sequence[Layer]) -> int:
+    """The second moments of what layers take in, from the step before a check that judges by outputs until that check.
+
+    n×n in float64 of a dense layer, k×k of one that OIALR holds as factors. Of OIALR as if a check covered all layers.
+    """
+    if getattr(section, "order", "size") != "output":
+        return 0
+    if isinstance(section, Oialr):  # which cuts nothing as it converts, unless it waits until that pays
+        waits = section.convert == "when_it_pays"
+        return DOUBLE * sum(ranks.get(layer.name, layer.shape[1]) ** 2 for layer in layers if ranks or waits)
+    return 0 if ranks else DOUBLE * sum(layer.shape[1] ** 2 for layer in layers)
+
+
 def remembered_bytes(section: Section, layers: Sequence[Layer], weight_size: int) -> int:
     """Of the bases of dense layers that OIALR remembers in host memory between checks, of all processes together."""
     if not isinstance(section, Oialr) or section.delay == 0:

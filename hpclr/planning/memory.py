@@ -6,7 +6,7 @@ from math import prod
 from typing import cast
 
 from hpclr.config.schema import Oialr, Section
-from hpclr.planning.checking import check_bytes
+from hpclr.planning.checking import check_bytes, watched_bytes
 from hpclr.planning.counting import Counts, Share, sample_bytes
 from hpclr.planning.forms import Layer, Ranks
 from hpclr.planning.hardware import Hardware
@@ -23,7 +23,7 @@ class Held:
         gradients: with more than one process the buckets of DistributedDataParallel, which they lie in.
         optimizer: its state.
         activations: the most that is held for the backward pass at a time, with what comes into being on the way.
-        check: what the examination of the largest layer takes.
+        check: what the examination of the largest layer takes, and what is gathered for it in the step before.
         other: the samples, and the averaged weights where the run keeps them.
         total: the most that is held at a time, which is less than the sum.
     """
@@ -48,7 +48,8 @@ def memory_of(
     forms["at the end"] = path.stages[-1].ranks
     held = [_training(name, counts, ranks, layers, share, processes, hardware) for name, ranks in _distinct(forms)]
     if path.checks:
-        held.insert(len(held) - 1 or 1, _check(held, counts, layers, processes))
+        watched = max(watched_bytes(section_of(counts), ranks, layers) for ranks in forms.values())
+        held.insert(len(held) - 1 or 1, _check(held, counts, layers, processes, watched))
     return held
 
 
@@ -92,15 +93,16 @@ def _training(
     updating = gradients if hardware.queues else traced.updating
     passing = traced.peak if processes == 1 and share.passes == 1 else gradients + traced.activations
     probing = probing_bytes(counts, ranks, layers, share)
+    watched = watched_bytes(section_of(counts), ranks, layers)
     peak = max(passing, gradients + probing, gradients + updating)
-    total = weights + state + other + gathered * sizes.largest + peak
-    return Held(name, weights, gradients, state, max(traced.activations, probing), 0, other, total)
+    total = weights + state + other + gathered * sizes.largest + peak + watched
+    return Held(name, weights, gradients, state, max(traced.activations, probing), watched, other, total)
 
 
-def _check(held: Sequence[Held], counts: Counts, layers: Sequence[Layer], processes: int) -> Held:
+def _check(held: Sequence[Held], counts: Counts, layers: Sequence[Layer], processes: int, watched: int) -> Held:
     """Gradients have been let go of, but for the buckets."""
     before = max(held, key=lambda one: one.weights + one.optimizer)
-    check = check_bytes(layers, counts.subject.dtype.itemsize)
+    check = check_bytes(layers, counts.subject.dtype.itemsize) + watched
     buckets = before.gradients if processes > 1 else 0
     total = before.weights + buckets + before.optimizer + before.other + check
     return Held("a check", before.weights, buckets, before.optimizer, 0, check, before.other, total)

@@ -7,13 +7,14 @@ import torch
 from planning_helpers import OIALR, PICTURES, VIT, counts_of, run_of
 
 from hpclr.lowrank import optimizer_bytes, select
+from hpclr.lowrank.activations import InputWatch
 from hpclr.lowrank.probing import dense_gradients
 from hpclr.methods import OIALR as Method
-from hpclr.planning.checking import check_bytes
+from hpclr.planning.checking import check_bytes, watched_bytes
 from hpclr.planning.counting import Share
 from hpclr.planning.forms import formed
 from hpclr.planning.hardware import TABLE
-from hpclr.planning.memory import memory_of, probing_bytes
+from hpclr.planning.memory import memory_of, probing_bytes, section_of
 from hpclr.planning.ranks import Assumed, path_of
 from hpclr.planning.subject import copied
 from hpclr.training.optimizers import optimizer_of
@@ -131,3 +132,31 @@ def test_a_model_that_is_shared_out_takes_its_share():
     assert part.weights == -(-one.weights // 4)
     assert part.optimizer == -(-one.optimizer // 4)
     assert part.activations == one.activations
+
+
+BY_OUTPUT = {
+    # before factors, with factors
+    "at_delay": (OIALR | {"order": "output"}, (False, True)),
+    "when_it_pays": (OIALR | {"order": "output", "convert": "when_it_pays"}, (True, True)),
+    "truncate": ({"name": "truncate", "at": 0.5, "rank": 0.25, "order": "output"}, (True, False)),
+    "by size": (OIALR, (False, False)),
+}
+
+
+@pytest.mark.parametrize("share", [None, 1.0, 0.25])
+@pytest.mark.parametrize("model", ["vit", "mlp"])
+@pytest.mark.parametrize(("method", "watches"), BY_OUTPUT.values(), ids=BY_OUTPUT)
+def test_what_layers_take_in_before_a_check_by_outputs_is_counted(model, share, method, watches):
+    counts, layers = counts_of(run_of(model=MODELS[model], method=method), PICTURES)
+    ranks = {} if share is None else {layer.name: max(1, round(share * layer.full)) for layer in layers}
+    found = watched_bytes(section_of(counts), ranks, layers)
+    if not watches[bool(ranks)]:
+        assert found == 0
+        return
+    net, _, passes = real(counts, ranks)
+    watch = InputWatch(
+        [site for site in select(net).candidates if site.name in {one.name for one in layers}], inside=True
+    )
+    passes()
+    watch.close()
+    assert found == sum(one.total.nbytes for one in watch._sums.values()) > 0
