@@ -30,10 +30,13 @@ class _Sum:
 
     def __init__(self) -> None:
         self.rows = 0
+        self.paused = False
         self.total: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Takes rows (r×n)."""
+        if self.paused:
+            return
         n = rows.shape[1]
         for block in rows.detach().split(max(1, _BLOCK // (8 * n))):
             wide = block.double()
@@ -96,6 +99,17 @@ class InputWatch:
         for site in sites:
             self._open.enter_context(_seen(site, self._sums[site.name], in_training=True, inside=inside))
 
+    @contextmanager
+    def counting(self, counts: bool) -> Iterator[None]:
+        """In the block passes count, or not."""
+        for one in self._sums.values():
+            one.paused = not counts
+        try:
+            yield
+        finally:
+            for one in self._sums.values():
+                one.paused = False
+
     def close(self) -> None:
         """Watches no longer."""
         self._open.close()
@@ -123,14 +137,34 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class _Look:
+    """A forward pre-hook that adds up what a site takes in; in copies of the model, saved or not, it does nothing."""
+
+    def __init__(self, site: WeightSite, found: _Sum, in_training: bool, inside: bool) -> None:
+        self._site, self._found, self._in_training, self._inside = site, found, in_training, inside
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        counts = module is self._site.module and (module.training or not self._in_training)
+        if counts and not torch.is_inference_mode_enabled():
+            for rows in _rows(self._site, args, kwargs):
+                self._found.add(_inside(self._site, rows) if self._inside and self._site.is_lowrank else rows)
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _blind, ()
+
+
+def _blind() -> object:
+    return _look_away
+
+
+def _look_away(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """What a copy of a hook is."""
+
+
 @contextmanager
 def _seen(site: WeightSite, found: _Sum, *, in_training: bool = False, inside: bool = False) -> Iterator[None]:
     """Adds up what a site's weight, or its Σ, is multiplied with; if asked, by passes of training alone."""
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for rows in _rows(site, args, kwargs) if module.training or not in_training else ():
-            found.add(_inside(site, rows) if inside and site.is_lowrank else rows)
-
+    look = _Look(site, found, in_training, inside)
     hook = site.module.register_forward_pre_hook(cast(Any, look), with_kwargs=True)
     try:
         with _called(site.owner):

@@ -39,8 +39,10 @@ def dense_gradients(
     followed = {name: site for name, site in sites.items() if site.is_lowrank and not _module(site).trains_bases}
     names = {id(site.factors.sigma): name for name, site in followed.items()}
 
-    def add(name: str, gradient: Tensor) -> None:
-        gradient = gradient.detach().to(working_dtype(gradient.dtype))
+    def add(name: str, gradient: Tensor, first: int) -> None:
+        gradient, rows = gradient.detach().to(working_dtype(gradient.dtype)), followed[name].shape[0]
+        if len(gradient) < rows:
+            gradient = F.pad(gradient, (0, 0, first, rows - first - len(gradient)))
         found[name] = found[name] + gradient if name in found else gradient
 
     arithmetic = _rebuilding(lambda factors: names.get(id(factors.sigma)), add)
@@ -73,19 +75,20 @@ def _module(site: WeightSite) -> LowRankModule:
     return cast(LowRankModule, site.module)
 
 
-def _rebuilding(name_of: Callable[[Factors], str | None], add: Callable[[str, Tensor], None]) -> Arithmetic:
+def _rebuilding(name_of: Callable[[Factors], str | None], add: Callable[[str, Tensor, int], None]) -> Arithmetic:
     """Products with W rebuilt, the gradient of which is handed on; of a copy of the model, which has no name, not."""
 
-    def weight(factors: Factors, name: str | None) -> Tensor:
+    def weight(factors: Factors, name: str | None, first: int = 0) -> Tensor:
         matrix = dense(factors)
         if name is not None and matrix.requires_grad:
-            matrix.register_hook(lambda gradient: add(name, gradient))
+            matrix.register_hook(lambda gradient: add(name, gradient, first))
         return matrix
 
     def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
-        name = name_of(factors)
+        name, u = name_of(factors), factors.u
+        first = u.storage_offset() // max(1, u.stride(0))  # attention to something else takes a packed weight in parts
         x, factors = in_compute_dtype(x, factors)
-        return F.linear(x, weight(factors, name), bias)
+        return F.linear(x, weight(factors, name, first), bias)
 
     def convolution(x: Tensor, factors: Factors, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
         name = name_of(factors)

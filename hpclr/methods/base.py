@@ -31,10 +31,13 @@ class Method(ABC):
     def step(self) -> None:
         """Does what the optimiser steps taken so far make due; call it once after each of them."""
 
-    def probing(self) -> AbstractContextManager[None]:
+    def probing(self, *, counts: bool = True) -> AbstractContextManager[None]:
         """To be put around the forward and backward passes of a step, by loops that want all that methods measure.
 
         A method without anything to measure in them does nothing.
+
+        Args:
+            counts: False for passes of a stand-in, which a process makes that has no samples.
         """
         return nullcontext()
 

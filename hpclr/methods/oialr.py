@@ -198,7 +198,7 @@ class OIALR(Method):
         self._hooks.append(hook)
 
     @contextmanager
-    def probing(self) -> Iterator[None]:
+    def probing(self, *, counts: bool = True) -> Iterator[None]:
         """Around forward and backward passes: has the check after this step, if there is one, find `outside`.
 
         With order "output" it has inputs seen in a model under torch.compile too. In such a step weights are rebuilt,
@@ -206,7 +206,7 @@ class OIALR(Method):
         other steps are as they would be without it. All processes must use it, or none.
         """
         due = self._schedule.latest(self.steps + 1) > self._last_check
-        with self._inputs.passes(), self._probe.gathering(self.steps + 1) if due else nullcontext():
+        with self._inputs.passes(counts=counts), self._probe.gathering(self.steps + 1) if due else nullcontext():
             yield
 
     def step(self) -> None:
@@ -326,4 +326,5 @@ class OIALR(Method):
         self.outside = {name: float(share) for name, share in state.get("outside", {}).items()}
         self._tracker.load_state_dict(state["stability"])
         self._inputs.drop()
+        self._probe.drop()
         self._watch_if_due()

@@ -43,9 +43,15 @@ class Placement(Protocol):
 
     Attributes:
         sharded: whether each process holds only a part of every parameter; layers then change within `whole` only.
+        processes: how many there are.
     """
 
     sharded: bool
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        ...
 
     def measure(self, matrix: Tensor, rule: RankRule | None, *, dense: bool) -> Measured:
         """What `examine` wants to know of a matrix whose basis it does not need; see `hpclr.lowrank.spectra.measure`.
@@ -117,6 +123,7 @@ class Here:
     """A single process does everything itself."""
 
     sharded = False
+    processes = 1
 
     def measure(self, matrix: Tensor, rule: RankRule | None, *, dense: bool) -> Measured:
         """As `hpclr.lowrank.spectra.measure`."""

@@ -40,7 +40,7 @@ class Probe:
             step: the number of the step; what was gathered for another one goes.
         """
         if self._step != step:
-            self._drop()
+            self.drop()
             self._step = step
         follows = not self._placement.sharded and bool(self._names())
         with dense_gradients(self._sites, self.gradients) if follows else nullcontext():
@@ -67,7 +67,7 @@ class Probe:
             gathered, *seen = self._placement.mean(here).tolist()
             for name in [name for name, share in zip(names, seen, strict=True) if share > 0 and gathered == 1]:
                 yield name, self._placement.mean(self._gradient(name))
-        self._drop()
+        self.drop()
 
     def _names(self) -> list[str]:
         return [name for name, site in self._sites.items() if site.is_lowrank]
@@ -79,7 +79,8 @@ class Probe:
         found = self.gradients.pop(name, None)
         return sigma.new_zeros(site.shape, dtype=dtype) if found is None else found.to(dtype)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Lets go of what was gathered."""
         self._step = None
         self.gradients.clear()
 

@@ -39,7 +39,7 @@ class Truncate(TwoFactors):
         at: the optimiser step after which weights are truncated, or (below 1) a fraction of the run; 0: now.
         rank: a share of min(m, n), rounded up; or a rank rule (`hpclr.lowrank.rank_rule`).
         order: by what directions are judged: "size", that of singular values; or "output", what they do to the layer's
-            outputs, by the inputs of the step before (as in OIALR). With `at` 0 there has been none: by size.
+            outputs, by the inputs of the step before (as in OIALR).
         min_rank: no rank falls below max(1, ⌈min_rank·min(m, n)⌉).
         max_aspect: weights with max(m, n)/min(m, n) of this or more stay dense.
         keep_first: keep the first layer of an eligible type dense.
@@ -82,6 +82,10 @@ class Truncate(TwoFactors):
         check_layer_settings(min_rank, max_aspect)
         check_order(order, share_or_rule(rank))
         self.at = in_steps("at", at, total_steps)
+        if order == "output" and self.at == 0:
+            raise ValueError(
+                "order='output' takes what has gone into layers before `at`, which is 0; let it be 1 or more"
+            )
         self._rank, self._min_rank = share_or_rule(rank), min_rank
         super().__init__(
             model,

@@ -56,6 +56,7 @@ class TwoFactors(Method):
     """
 
     name: ClassVar[str]
+    least_rows: ClassVar[int] = 2  # for each input of a layer, where outputs decide what is cut
 
     def __init__(
         self,
@@ -84,7 +85,8 @@ class TwoFactors(Method):
             WithoutDecay(optimizer, self._factors)
         self._converted, self.failures = False, 0
         self._by_output_at = by_output_at or None
-        self._inputs, self._moments = Inputs(self._placement, inside=False), dict[str, Tensor]()
+        self._inputs = Inputs(self._placement, inside=False, least=self.least_rows)
+        self._moments: Mapping[str, Tensor] = {}
 
     @abstractmethod
     def _product(self, site: WeightSite) -> SVD | int:
@@ -94,9 +96,9 @@ class TwoFactors(Method):
             FactorizationError: if the weight cannot be decomposed.
         """
 
-    def probing(self) -> AbstractContextManager[None]:
+    def probing(self, *, counts: bool = True) -> AbstractContextManager[None]:
         """Around forward and backward passes: has inputs seen in a model under torch.compile too, where order asks."""
-        return self._inputs.passes()
+        return self._inputs.passes(counts=counts)
 
     @property
     def steps(self) -> int:

@@ -1,8 +1,8 @@
 """What goes into the layers in the one step before their directions are judged by what they do to outputs."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -19,22 +19,31 @@ class Inputs:
     Args:
         placement: the processes, all of which watch the same layers in the same steps.
         inside: of weights that are factored, C is of what their Σ takes in: k×k.
+        least: how many rows x it takes at least, as a multiple of n; from fewer C knows nothing of some directions.
     """
 
-    def __init__(self, placement: Placement, *, inside: bool) -> None:
-        self._placement, self._inside = placement, inside
+    def __init__(self, placement: Placement, *, inside: bool, least: int = 2) -> None:
+        self._placement, self._inside, self._least = placement, inside, least
         self._watch: InputWatch | None = None
         self._watched: list[WeightSite] = []
 
     def watch(self, sites: Iterable[WeightSite]) -> None:
-        """Looks at these layers from now on; if it looks at any already, nothing changes."""
-        if self._watch is None:
-            self._watched = list(sites)
-            self._watch = InputWatch(self._watched, inside=self._inside)
+        """Looks at these layers from now on, and forgets what it has seen: a step that a scaler skipped is repeated."""
+        self.drop()
+        self._watched = list(sites)
+        self._watch = InputWatch(self._watched, inside=self._inside)
 
-    def passes(self) -> AbstractContextManager[None]:
-        """To be put around the passes of a step: while it looks, what is compiled runs as it is written."""
-        return nullcontext() if self._watch is None else not_compiled()
+    @contextmanager
+    def passes(self, *, counts: bool = True) -> Iterator[None]:
+        """To be put around the passes of a step: while it looks, what is compiled runs as it is written.
+
+        Args:
+            counts: whether what goes through the model belongs to the batch; a stand-in for samples does not.
+        """
+        watch = self._watch
+        eagerly, looking = (nullcontext(), nullcontext()) if watch is None else (not_compiled(), watch.counting(counts))
+        with eagerly, looking:
+            yield
 
     def drop(self) -> None:
         """Looks no longer, and forgets what it has seen."""
@@ -43,22 +52,27 @@ class Inputs:
         self._watch, self._watched = None, []
 
     def means(self) -> dict[str, Tensor]:
-        """Layer name → C (n×n) in float64, of layers that have taken anything in; collective, and looks no longer."""
+        """Layer name → C (n×n) in float64, of layers that have taken enough in; collective, and looks no longer."""
         watch, watched = self._watch, self._watched
         self.drop()
         if watch is None:
             return {}
         totals = ((site.name, self._placement.mean(watch.take(site))) for site in watched)
-        return {name: total[:-1] / total[-1, 0] for name, total in totals if total[-1, 0] > 0}
+        return {name: total[:-1] / total[-1, 0] for name, total in totals if self._is_enough(total)}
+
+    def _is_enough(self, total: Tensor) -> bool:
+        rows, n = self._placement.processes * float(total[-1, 0]), total.shape[1]
+        return rows > 0 and rows > self._least * n - 0.5 and bool(total[:-1].any())
 
 
 def warn_of_unseen(layers: Sequence[str], consequence: str) -> None:
     """Whoever trains in a way in which nothing is seen should know."""
     named = ", ".join(layers[:3]) + (" …" if len(layers) > 3 else "")
     warnings.warn(
-        f"{len(layers)} layers ({named}) took nothing in while the model trained in the step before they were to be "
-        f"judged by their outputs: {consequence}. Call step() after each optimiser step, with the model in training "
-        "mode, put the passes of a compiled model into `with method.probing():`, or set order='size'.",
+        f"{len(layers)} layers ({named}) took nothing in, or too little, while the model trained in the step before "
+        f"they were to be judged by their outputs: {consequence}. That takes a batch of two rows (samples, tokens, "
+        "positions) for each of a layer's inputs, or more; step() after each optimiser step, with the model in "
+        "training mode; and the passes of a compiled model in `with method.probing():`. Else set order='size'.",
         LowRankWarning,
         stacklevel=5,
     )

@@ -82,6 +82,11 @@ class Rank0:
         """Each process has the whole model."""
         return nullcontext()
 
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return self._group.size
+
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all processes; collective."""
         self._doing("taking means over the processes", waiting=True)

@@ -157,7 +157,10 @@ class Trainer:
         parts.replica.prepare()
         self.job.doing("computing gradients", step)
         for number, (piece, weight) in enumerate(pieces, start=1):
-            with parts.method.probing(), nullcontext() if number == len(pieces) else parts.replica.no_sync():
+            with (
+                parts.method.probing(counts=weight > 0),
+                nullcontext() if number == len(pieces) else parts.replica.no_sync(),
+            ):
                 with parts.precision.context():
                     loss: Tensor = parts.task.loss(parts.replica(piece.x), piece) * weight
                 total += loss.detach()

@@ -19,6 +19,14 @@ class Attending(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class Across(Attending):
+    """Attends to itself, then with the same weights to something else, for which they are taken in three parts."""
+
+    def forward(self, x):
+        own = self.attention(x, x, x)[0]
+        return self.attention(own, 2 * x + 1, x.flip(1))[0]
+
+
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 7)), (5, 12)),
     "convolutions": (
@@ -27,6 +35,7 @@ MODELS = {
     ),
     "one dimension": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 11)),
     "attention": (Attending, (3, 5, 8)),
+    "attention to something else": (Across, (3, 5, 8)),
     "separate attention": (lambda: Attending(kdim=8, vdim=8), (3, 5, 8)),
 }
 

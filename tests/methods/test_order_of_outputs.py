@@ -1,8 +1,10 @@
 """OIALR with `order="output"`: directions are judged and cut by what they do to outputs, of the inputs of one step."""
 
 import copy
+import io
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -145,7 +147,7 @@ def test_what_took_nothing_in_is_not_cut_and_said():
     oialr = OIALR(model, optimizer, **SETTINGS | {"delay": 0, "every": 1, "cutoff": {"rule": "energy", "share": 0.5}})
     model(torch.randn(16, 6)).square().sum().backward()
     optimizer.step()
-    with pytest.warns(LowRankWarning, match=r"1 layers \(idle\) took nothing in .* not cut"):
+    with pytest.warns(LowRankWarning, match=r"1 layers \(idle\) took nothing in, or too little, .* not cut"):
         oialr.step()
     assert oialr.ranks["idle"] == 6 > oialr.ranks["used"]
     model.eval()  # a loop that trains so has nothing cut either
@@ -190,3 +192,53 @@ def test_a_compiled_model_is_looked_at():
     assert run.oialr.ranks == plain.oialr.ranks
     assert math.isclose(*(float(p[0].sum()) for p in map(list, (forward.parameters(), plain.model.parameters()))))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("rows", [23, 24])
+def test_from_too_few_rows_nothing_is_cut(rows):
+    """Two for each input of the Σ that has most, 12×12, over all passes that count; a stand-in's do not."""
+    run = Run().train(6)
+    with run.oialr.probing():
+        run.backward(7, slice(0, 8), slice(8, rows))
+    with run.oialr.probing(counts=False):
+        run.backward(7)
+    before = run.oialr.ranks
+    said = pytest.warns(LowRankWarning, match=r"\(2\) took nothing in, or too")
+    with said if rows < 24 else nullcontext():
+        run.end()
+    assert (run.oialr.ranks["2"] == before["2"]) == (rows < 24)
+    assert run.oialr.ranks["0"] < before["0"]
+
+
+def test_a_step_that_is_repeated_counts_once():
+    """As after one that a scaler has skipped; what it saw is forgotten."""
+    once, twice = Run().train(6), Run().train(6)
+    twice.backward(500)
+    twice.optimizer.zero_grad()
+    twice.oialr.step()
+    for run in (once, twice):
+        run.backward(7)
+        run.end()
+    assert [p.tolist() for p in once.model.parameters()] == [p.tolist() for p in twice.model.parameters()]
+
+
+def test_inputs_of_nothing_but_zeros_are_no_reason_to_cut():
+    run = Run().train(6)
+    before = run.oialr.ranks
+    run.model(torch.zeros(64, 10).double()).sum().backward()
+    with pytest.warns(LowRankWarning, match=r"\(0\) took nothing in"):
+        run.end()
+    assert run.oialr.ranks["0"] == before["0"]
+
+
+def test_copies_and_files_of_a_model_that_is_looked_at():
+    """They have nothing to do with it: neither do their passes count, nor do they know of it."""
+    run, plain = Run().train(6), Run().train(7)
+    copied = copy.deepcopy(run.model)
+    file = io.BytesIO()
+    torch.save(run.model, file)
+    for other in (copied, torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
+        other.train()(1e3 * torch.randn(64, 10).double())
+    run.train(7)
+    assert [p.tolist() for p in run.model.parameters()] == [p.tolist() for p in plain.model.parameters()]
+    copied(torch.randn(64, 10).double())

@@ -17,7 +17,7 @@ from hpclr import OIALR
 from hpclr.parallel import Replica
 from hpclr.parallel.digest import digest
 
-STEPS, BATCH = 30, 16
+STEPS, BATCH = 30, 64
 
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
