@@ -80,13 +80,13 @@ class Truncate(TwoFactors):
         placement: Placement | None = None,
     ) -> None:
         check_layer_settings(min_rank, max_aspect)
-        check_order(order, share_or_rule(rank))
+        self._rank, self._min_rank = share_or_rule(rank), min_rank
+        check_order(order, self._rank)
         self.at = in_steps("at", at, total_steps)
         if order == "output" and self.at == 0:
             raise ValueError(
                 "order='output' takes what has gone into layers before `at`, which is 0; let it be 1 or more"
             )
-        self._rank, self._min_rank = share_or_rule(rank), min_rank
         super().__init__(
             model,
             optimizer,

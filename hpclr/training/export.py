@@ -5,8 +5,9 @@ and nothing is imported.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,14 +117,9 @@ def export_checkpoint(
             "the adapters alone, --dense merges them"
         )
     weights = _prepared(loaded, digest, stored, factored, DTYPES[dtype] if dtype else None)
-    writers: dict[str, Callable[[Path, _Weights], str]] = {
-        "safetensors": _write_safetensors,
-        "torch": _write_torch,
-        "hdf5": _write_hdf5,
-        "onnx": lambda path, weights: _write_onnx(path, weights, loaded, trust),
-    }
+    write = partial(_write_onnx, loaded=loaded, trust=trust) if chosen == "onnx" else _WRITERS[chosen]
     with written_whole(out) as temporary:
-        note = writers[chosen](temporary, weights)
+        note = write(temporary, weights)
     what = _described(stored, factored) + ("" if rank_fraction is None else f" at {rank_fraction:g} of full rank")
     return Exported(out, loaded.step, what, out.stat().st_size, note)
 
@@ -269,6 +265,13 @@ def _write_hdf5(path: Path, weights: _Weights) -> str:
     }
     write_sidecar(path, write_tree(path, tree, {"step": weights.step}))
     return ""
+
+
+_WRITERS: Mapping[str, Callable[[Path, _Weights], str]] = {
+    "safetensors": _write_safetensors,
+    "torch": _write_torch,
+    "hdf5": _write_hdf5,
+}
 
 
 def _write_onnx(path: Path, weights: _Weights, loaded: Loaded, trust: bool) -> str:

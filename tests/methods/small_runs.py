@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpclr import OIALR
 from hpclr.lowrank import WeightSite, select
 
 
@@ -84,6 +85,20 @@ def train_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> 
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+class Loop:
+    """A training of `model` by `optimizer` under `oialr`, whose passes whoever has it makes with `backward(step)`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    oialr: OIALR
+
+    def end(self) -> None:
+        """What follows the passes of a step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.oialr.step()
 
 
 def frobenius(x: Tensor) -> float:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import batch, matrices, mlp, sites
+from small_runs import Loop, batch, matrices, mlp, sites
 from torch import nn
 
 from hpclr import OIALR
@@ -29,7 +29,7 @@ SETTINGS = {
 }
 
 
-class Run:
+class Run(Loop):
     """A small training in float64, whose inputs have more of some directions than of others."""
 
     def __init__(self, **settings):
@@ -43,11 +43,6 @@ class Run:
         for part in parts or [slice(None)]:
             F.cross_entropy(self.model(x[part]), y[part]).backward()
         return x
-
-    def end(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.oialr.step()
 
     def train(self, last):
         while self.oialr.steps < last:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import batch, mlp
+from small_runs import Loop, batch, mlp
 from torch import nn
 
 from hpclr import OIALR
@@ -17,7 +17,7 @@ SETTINGS = {"delay": 3, "every": 4, "cutoff": 0.5, "layer_fraction": 1.0, "keep_
 DUE = (3, 7, 11, 15)
 
 
-class Run:
+class Run(Loop):
     """A small training in float64, of which every pass may be watched."""
 
     def __init__(self, **settings):
@@ -32,11 +32,6 @@ class Run:
 
     def backward(self, step, part=slice(None), scale=1.0):
         (scale * self.loss(step, part)).backward()
-
-    def end(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.oialr.step()
 
     def train(self, last):
         while self.oialr.steps < last:
