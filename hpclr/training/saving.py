@@ -215,7 +215,8 @@ class Saving:
             self._record("save", report.step, **numbers(report))
 
     def _failed(self, error: Exception) -> None:
-        self._fault = error
+        if self._fault is None or isinstance(self._fault, RetryableError):
+            self._fault = error  # of faults that do not pass, the first is the cause
         self._next = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 

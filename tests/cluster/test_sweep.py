@@ -192,7 +192,7 @@ def test_a_signal_saves_the_runs_and_starts_no_other(number, sweeps):
         assert time.monotonic() < end
         time.sleep(0.1)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 85, said
     for seed in (0, 1):
         assert list((sweeps.runs / f"sweep-seed-{seed}" / "checkpoints").glob("step-*.h5")), said
