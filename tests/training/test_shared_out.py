@@ -122,6 +122,8 @@ def test_what_does_not_go_with_it_is_refused(bench):
         ("train.precision=fp16", "train.precision: fp16"),
         ("optimizer.name=galore_adamw", "optimizer.name: galore_adamw"),
         ("method.svd=heat", "method.svd: heat"),
+        ("method={name: oialr, auto: true}", "method.auto: true"),
+        ("method.order=output", "method.order: output"),
         ("optimizer.name=adafactor", "optimizer.name: adafactor"),
         ("parallel.sync_batchnorm=true", "parallel.sync_batchnorm: true"),
         ("parallel.unused_parameters=true", "parallel.unused_parameters: true"),

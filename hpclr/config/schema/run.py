@@ -199,10 +199,13 @@ class RunFile(Section, kw_only=True, frozen=True):
 
     def _check_sharding(self) -> None:
         """What does not work where each process holds but a share of the weights."""
-        heat = isinstance(self.method, Oialr) and self.method.svd == "heat"
+        oialr = self.method if isinstance(self.method, Oialr) else None
         for unfit, found, instead in (
             (not isinstance(self.method, Dense | Oialr), f"method.name: {self.method.name}", "oialr or dense"),
-            (heat, "method.svd: heat", "spread or rank0"),
+            (oialr and oialr.svd == "heat", "method.svd: heat", "spread or rank0"),
+            (oialr and oialr.auto, "method.auto: true, which judges by outputs", "false, with a cutoff"),
+            (oialr and oialr.order == "output", "method.order: output", "size"),
+            (oialr and oialr.tied, "method.tied: true", "false"),
             (self.train.ema is not None, f"train.ema: {self.train.ema}", "null"),
             (self.train.precision == "fp16", "train.precision: fp16", "bf16 or float32"),
             (self.optimizer.name.lower().startswith("galore"), f"optimizer.name: {self.optimizer.name}", "adamw"),
