@@ -53,6 +53,12 @@ def test_what_the_run_file_says_of_layers_counts_for_all_methods(comparisons):
     assert (svd.exclude, svd.keep_last) == (("0",), False)
 
 
+def test_what_decides_its_settings_itself_gets_no_starting_point(comparisons):
+    base = {"method": {"name": "truncate", "at": 0.5, "rank": 0.3, "keep_first": False, "exclude": ["0"]}}
+    found = comparisons.found(base=base, methods={"dense": None, "auto": {"name": "oialr", "auto": True}})
+    assert found.entries["auto"][0].run.method == Oialr(auto=True, exclude=("0",))
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_has_a_starting_point(name, comparisons):
     found = comparisons.found(Wanted((name,)), base={"method": {"name": "dense"}})

@@ -196,7 +196,8 @@ def _point(name: str, base: Document, run: RunFile, entry: _Entry, seed: int) ->
     for setting in settings:
         _check_setting(setting)
     if entry.method != run.method.name:
-        start = starting_point(entry.method, base.value.get("method", {}))
+        auto = any(setting.key == "method.auto" and setting.value is True for setting in settings)
+        start = starting_point(entry.method, base.value.get("method", {}), auto=auto)
         settings.insert(0, Setting("method", start, entry.place))
     point = run_with(base, [*settings, Setting(_SEED, seed, "")], f"{name}-{entry.label}-seed-{seed}")
     return Point(point, {"label": entry.label, _SEED: seed})

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpclr.config import RunFile
 from hpclr.config.describe import fields, kinds, tag
+from hpclr.config.schema import OIALR_AUTO
 
 DEFAULT_METHODS = ("dense", "oialr", "svd_training", "truncate", "fixed_rank")
 _STARTING_POINTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -44,15 +45,17 @@ def method_names() -> list[str]:
     return list(_keys_by_method())
 
 
-def starting_point(name: str, written: Mapping[str, Any]) -> dict[str, Any]:
+def starting_point(name: str, written: Mapping[str, Any], *, auto: bool = False) -> dict[str, Any]:
     """A method's section of the run file, to which keys may be added.
 
     Args:
         name: of the method, another than the run file's.
         written: the section of the run file's own method, as it stands there.
+        auto: whether the method is to decide its settings itself.
     """
     kept = {key: written[key] for key in _OF_LAYERS if key in written and key in _keys_by_method().get(name, ())}
-    return {"name": name, **kept, **_STARTING_POINTS.get(name, {})}
+    start = {"name": name, **kept, **_STARTING_POINTS.get(name, {})}
+    return {key: value for key, value in start.items() if not (auto and key in OIALR_AUTO)}
 
 
 def _keys_by_method() -> dict[str, tuple[str, ...]]:
