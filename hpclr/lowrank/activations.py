@@ -20,7 +20,7 @@ from hpclr.lowrank.layers import LowRankModule
 from hpclr.lowrank.sites import WeightSite, release
 from hpclr.lowrank.svd_layers import SpatialWeight
 
-_BLOCK = 64 << 20  # bytes of the rows in float64 that are multiplied at a time
+_BLOCK = 16 << 20  # bytes of the rows in float64 that are multiplied at a time
 _ATTENTION = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
 _ARGUMENTS = ("query", "key", "value")
 
@@ -57,7 +57,7 @@ def input_moments(
     """The second moments of what layers take in, summed up batch by batch in float64.
 
     The model is evaluated (no dropout, stored batch statistics) and is as it was afterwards. Memory: one n×n matrix in
-    float64 for each layer, on the layer's device, and a few times 64 MiB.
+    float64 for each layer, on the layer's device, and a few times 16 MiB.
 
     Args:
         model: holds the sites.
