@@ -3,6 +3,7 @@
     python benchmarks/step.py [--models vit-tiny,resnet20] [--shares 1,0.5,0.25,0.125] [--depth N] [--json FILE]
     python benchmarks/step.py --device cuda --dtype bfloat16 --compile --batch 64
     python benchmarks/step.py --models vit-tiny --probing
+    python benchmarks/step.py --models gpt2 --shares 0.25 --tied
 
 Every layer that OIALR would convert gets a rank that is a share of min(m, n): in `equal` rows the same share for all,
 in `sloped` rows share·(3/2 − l/(L − 1)) for layer l = 0 … L − 1, at most 1: the later a layer, the lower, as OIALR's
@@ -12,6 +13,9 @@ which `hpclr.lowrank.product.pays` says so (`convert: when_it_pays`); the rest i
 `speed` is the dense model's time by this one's, from steps taken in turns. The other columns are shares of the dense
 model's: multiply-adds of forward and backward, parameters trained and stored, bytes of optimiser state, peak of memory
 in a step (weights, gradients, optimiser state and activations), and bytes kept for the backward pass.
+
+With --tied the head is among the layers whose weight is that of an embedding, and both have the same factors
+(`tied: true`); for models with such a head.
 
 With --probing, two columns more, for the step before a check, which rebuilds the weights and leaves the gradients with
 regard to them (`hpclr.lowrank.probing`): how many times as long it takes as another step of the same form, and its peak
@@ -64,7 +68,7 @@ class Training:
         self.device = device
         self.model = case.make(options.depth or case.depth).to(device, dtype)
         if form is not None:
-            give(form, self.model)
+            give(form, self.model, tied=options.tied)
         self.inputs, self.targets = (t.to(device) for t in case.example(options.batch or case.batch))
         if self.inputs.is_floating_point():
             self.inputs = self.inputs.to(dtype)
@@ -98,9 +102,9 @@ class Training:
 
 
 @torch.no_grad()
-def give(form: Form, model: nn.Module) -> None:
+def give(form: Form, model: nn.Module, *, tied: bool = False) -> None:
     """Orthonormal bases and a Σ of small numbers: the time does not depend on what they are."""
-    sites = select(model, max_aspect=10.0, keep_last=True, kinds=KINDS).eligible
+    sites = select(model, max_aspect=10.0, keep_last=True, kinds=KINDS, tied=tied).eligible
     for number, site in enumerate(sites):
         (m, n), k = site.shape, form.rank(site, number / max(1, len(sites) - 1))
         if form.held == "all" or pays(m, n, k, groups=site.groups, positions=site.positions):
@@ -177,12 +181,14 @@ def main() -> None:
         dense = rows[0]["dense_sizes"]
         print(
             f"\n{case.what}, {options.depth or case.depth} deep, {options.batch or case.batch} samples, {options.dtype}"
-            f"{', compiled' if options.compile else ''}; dense: {rows[0]['dense_seconds'] * 1e3:.0f} ms, "
+            f"{', compiled' if options.compile else ''}{', tied head too' if options.tied else ''}; "
+            f"dense: {rows[0]['dense_seconds'] * 1e3:.0f} ms, "
             f"{dense['stored'] / 1e6:.1f} M parameters, peak {dense['peak_bytes'] / 2**20:.0f} MiB, "
             f"{dense['saved_bytes'] / 2**20:.0f} MiB saved"
         )
         measure.show(COLUMNS + PROBING * options.probing, [line(row) for row in rows])
-    measure.write_json(options.json, facts | {"dtype": options.dtype, "compiled": options.compile}, results)
+    about = {"dtype": options.dtype, "compiled": options.compile, "tied": options.tied}
+    measure.write_json(options.json, facts | about, results)
 
 
 def parse() -> argparse.Namespace:
@@ -192,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=0, help="blocks of the model (VGG16 has always 13); 0: its usual")
     parser.add_argument("--batch", type=int, default=0, help="samples in a step; 0: few")
     parser.add_argument("--probing", action="store_true", help="the step before a check too")
+    parser.add_argument("--tied", action="store_true", help="a head with the weight of an embedding, and that, too")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     return parser.parse_args()
 

@@ -48,8 +48,8 @@ class HuggingFaceCallback(TrainerCallback):
         method: the OIALR at work; None before training.
 
     Raises:
-        UsageError: if transformers is missing, for settings that OIALR has not, for several processes or devices, or
-            for a checkpoint that cannot be resumed from.
+        UsageError: if transformers is missing, for settings that OIALR has not, for `tied`, for several processes or
+            devices, or for a checkpoint that cannot be resumed from.
     """
 
     def __init__(self, *, dense_at_end: bool = False, **settings: Any) -> None:
@@ -163,6 +163,12 @@ def _refuse_other_settings(settings: Mapping[str, Any]) -> None:
         raise UsageError(
             f"HuggingFaceCallback takes the settings of hpclr.OIALR, found {', '.join(sorted(others))}. Adapters need "
             "no callback: give the model its adapters, with hpclr.SARA(model, …), before the Trainer is made"
+        )
+    if settings.get("tied"):
+        raise UsageError(
+            "HuggingFaceCallback takes no tied=True: the Trainer's checkpoints cannot hold factors that a head and its "
+            "embedding share, transformers knows the weight as shared and nothing else. Leave it out, or train in a "
+            "loop of your own."
         )
 
 

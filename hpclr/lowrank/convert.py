@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.kinds import KINDS, Kinds
-from hpclr.lowrank.layers import lowrank_modules, refuse_shards
+from hpclr.lowrank.layers import LowRankModule, lowrank_modules, refuse_shards, uninstall
 from hpclr.lowrank.noise import shrunk
 from hpclr.lowrank.ranks import GavishDonoho, MarchenkoPastur, RankRule, noise_judged_by
 from hpclr.lowrank.sites import Selection, WeightSite, release, select
@@ -37,6 +37,7 @@ def factorize(
     exclude: Sequence[str] = (),
     *,
     shrink: bool = False,
+    tied: bool = False,
 ) -> list[LayerReport]:
     """Replaces the weights of a model by factors U Σ Vᵀ, in place.
 
@@ -51,15 +52,17 @@ def factorize(
             for the least error in the Frobenius norm; with a noise rule as `rank`, whose noise it takes. A layer in
             which the rule finds nothing keeps one direction, whose singular value becomes 0. Layers already factored
             are cut only: doing it twice would shrink them twice.
+        tied: convert a head too whose weight is that of an embedding, and both to the same factors
+            (`hpclr.lowrank.select`).
 
     Returns:
         One entry for every layer that holds parameters: converted, or left alone and why.
 
     Raises:
-        ValueError: for a pattern or a name that matches no layer, a rank out of range, or `shrink` without a rule that
-            knows the noise.
+        ValueError: for a pattern or a name that matches no layer, a rank out of range, `shrink` without a rule that
+            knows the noise, or `tied` without such a head.
     """
-    selection = select(model, include=include, exclude=exclude, kinds=KINDS)
+    selection = select(model, include=include, exclude=exclude, kinds=KINDS, tied=tied)
     wanted = _ranks_wanted(rank, selection)
     values = _values_wanted(rank, shrink)
     reasons = selection.left_alone | {site.name: _factorize_site(site, wanted, values) for site in selection.eligible}
@@ -143,10 +146,13 @@ def densify(model: nn.Module) -> nn.Module:
     after training.
     """
     modules = list(lowrank_modules(model))
-    for name, module in modules:
-        for slot in [slot for slot in module.slots if module.is_lowrank(slot)]:
-            WeightSite(name, name, module, slot).densify()
+    for site in select(model).candidates:
+        if site.is_lowrank:
+            site.densify()
     for _, module in modules:
+        for slot in module.slots if isinstance(module, LowRankModule) else ():
+            if module.is_lowrank(slot):  # an embedding of which the head is not in the model
+                uninstall(module, slot)
         release(module)
     return model
 
@@ -174,12 +180,16 @@ def shape_model_like(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: if such a layer cannot be converted.
     """
     selection = select(model)
+    if any(site.embeddings and _form_stored(state, site) for site in selection.candidates):
+        selection = select(model, tied=True)
     stored = {site: form for site in selection.candidates if (form := _form_stored(state, site))}
-    for site in stored:
-        if site.name in selection.left_alone:
+    for site, form in stored.items():
+        reason = selection.left_alone.get(site.name)
+        if site.embeddings and form is not KINDS:
+            reason = "it shares its weight with an embedding, and these are factors with trained bases"
+        if reason is not None:
             raise ValueError(
-                f"the state dict holds factors for layer '{site.name}', which cannot be converted: "
-                f"{selection.left_alone[site.name]}"
+                f"the state dict holds factors for layer '{site.name}', which cannot be converted: {reason}"
             )
     for site, form in stored.items():
         site.take_form(form)

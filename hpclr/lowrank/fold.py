@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpclr.lowrank.factors import working_dtype
 from hpclr.lowrank.kinds import KINDS, lowrank_class
 from hpclr.lowrank.layers import LowRankModule, lowrank_modules, rename, replace_data
-from hpclr.lowrank.sites import WeightSite, release
+from hpclr.lowrank.sites import WeightSite, release, select
 from hpclr.lowrank.svd_layers import CHANNEL
 from hpclr.lowrank.two_factors import saves
 
@@ -21,15 +21,20 @@ def fold(model: nn.Module) -> nn.Module:
     fewer operations, and where a layer has a forward pass of its own that reads the whole weight. torch's encoder
     layers are kept from their fused path, which would rebuild every weight in each call.
 
+    A head with the weight of an embedding keeps its Σ, which the embedding needs, or becomes dense together with it.
+
     There is no way back, and what is folded is frozen: fold a copy, `fold(copy.deepcopy(model))`, if training goes on.
     """
     modules = list(lowrank_modules(model))
-    for name, module in modules:
-        sites = [WeightSite(name, name, module, slot) for slot in module.slots if module.is_lowrank(slot)]
-        for site in sites:
-            if not _gains(site):
-                site.densify()
-        if any(site.is_lowrank for site in sites) and not module.trains_bases:
+    factored = [site for site in select(model).candidates if site.is_lowrank]
+    for site in factored:
+        if not _gains(site):
+            site.densify()
+        elif site.embeddings:
+            site.parameter.requires_grad_(False)
+    alone = {site.module for site in factored if site.is_lowrank and not site.embeddings}
+    for _, module in modules:
+        if module in alone and not module.trains_bases:
             _absorb_middles(module)
     for _, module in modules:
         release(module)

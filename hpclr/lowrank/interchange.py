@@ -40,7 +40,10 @@ class FactoredWeight:
 
 
 def factored_weights(model: nn.Module) -> dict[str, FactoredWeight]:
-    """Every factored weight of a model by the name of its layer; under each of its names, if it has several."""
+    """Every factored weight of a model by the name of its layer; under each of its names, if it has several.
+
+    An embedding that holds the factors of a head has them under names of its own, as a state dict does.
+    """
     return {
         ".".join(filter(None, (path, slot.stem.rstrip("_")))): _described(path, module, slot)
         for path, module in model.named_modules(remove_duplicate=False)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpclr.lowrank.attention import AttentionWeights, LowRankAttention
+from hpclr.lowrank.embedding import EmbeddingWeight, LowRankEmbedding
 from hpclr.lowrank.layers import LowRankModule, Slot, make_class
 from hpclr.lowrank.product import ConvGeometry
 
@@ -123,6 +124,9 @@ KINDS: Kinds = (
     Kind(_is_hugging_face_conv1d, LowRankTransposedLinear, TransposedWeight),
 )
 
+# no kind that is looked for: the weight is that of a head, and becomes factors with it
+EMBEDDINGS: Kinds = (Kind(subclass_of(nn.Embedding), LowRankEmbedding, EmbeddingWeight),)
+
 
 def kind_of(cls: type[nn.Module], kinds: Kinds = KINDS) -> Kind | None:
     """The kind a layer class belongs to, None if it has no low-rank form."""
@@ -130,7 +134,9 @@ def kind_of(cls: type[nn.Module], kinds: Kinds = KINDS) -> Kind | None:
 
 
 def slots_of(module: nn.Module, kinds: Kinds = KINDS) -> tuple[Slot, ...]:
-    """The slots of a module's weights, dense or factored; empty if its class has no low-rank form."""
+    """The slots of a module's own weights, dense or factored; empty if its class has no low-rank form."""
+    if isinstance(module, EmbeddingWeight):
+        return ()  # the head's
     if isinstance(module, LowRankModule):
         return module.slots
     kind = kind_of(type(module), kinds)

@@ -239,6 +239,14 @@ def uninstall(layer: LowRankModule, slot: Slot) -> None:
     replace_data(core, weight)
 
 
+def share(holder: nn.Module, layer: LowRankModule, slot: Slot) -> None:
+    """Has a further module hold what a layer holds in a slot, the weight or its factors: the very same Parameters."""
+    names = slot.names if layer.is_lowrank(slot) else (slot.weight,)
+    held = {name: parameter for name in names if (parameter := layer._parameters[name]) is not None}
+    first, *others = [name for name in (slot.weight, *slot.names) if name in holder._parameters]
+    rename(holder, {first: held} | {name: {} for name in others})
+
+
 def rename(layer: nn.Module, changes: dict[str, dict[str, nn.Parameter]]) -> None:
     """Replaces parameters by others in their very places: the order of `parameters()` is part of a contract."""
     entries: dict[str, nn.Parameter | None] = {}

@@ -33,7 +33,7 @@ def dense_gradients(
 
     Yields:
         Layer name → G, m×n, the sum over all backward passes so far, in float32 or more; layers through which none has
-        gone are absent.
+        gone are absent. That of a head with the weight of an embedding is the sum over both uses.
     """
     found: MutableMapping[str, Tensor] = {} if gradients is None else gradients
     followed = {name: site for name, site in sites.items() if site.is_lowrank and not _module(site).trains_bases}
@@ -46,7 +46,8 @@ def dense_gradients(
         found[name] = found[name] + gradient if name in found else gradient
 
     arithmetic = _rebuilding(lambda factors: names.get(id(factors.sigma)), add)
-    with not_compiled(), _calculating(arithmetic, map(_module, followed.values())):
+    modules = [module for site in followed.values() for module in (site.module, *site.embeddings)]
+    with not_compiled(), _calculating(arithmetic, cast(list[LowRankModule], modules)):
         yield found
 
 
@@ -84,6 +85,9 @@ def _rebuilding(name_of: Callable[[Factors], str | None], add: Callable[[str, Te
             matrix.register_hook(lambda gradient: add(name, gradient, first))
         return matrix
 
+    def rebuilt(factors: Factors) -> Tensor:
+        return weight(factors, name_of(factors))
+
     def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
         name, u = name_of(factors), factors.u
         first = u.storage_offset() // max(1, u.stride(0))  # attention to something else takes a packed weight in parts
@@ -97,4 +101,7 @@ def _rebuilding(name_of: Callable[[Factors], str | None], add: Callable[[str, Te
         kernel: Any = geometry.kernel
         return CONVOLUTIONS[len(kernel)](x, matrix.view(matrix.shape[0], -1, *kernel), bias, *geometry[1:])
 
-    return Arithmetic(dense, linear, convolution)
+    def embedding(ids: Tensor, factors: Factors, padding: int | None) -> Tensor:
+        return F.embedding(ids, rebuilt(factors), padding)
+
+    return Arithmetic(rebuilt, linear, convolution, embedding)

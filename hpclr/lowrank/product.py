@@ -157,6 +157,23 @@ def linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
     return _applied(_Linear, x, h, sigma, u, vh, bias)
 
 
+def embedding(ids: Tensor, factors: Factors, padding: int | None) -> Tensor:
+    """`F.embedding(ids, U Σ Vᵀ, padding)`, by rows of U: W is not built.
+
+    Args:
+        ids: (...).
+        factors: of the table W (m×n); its rows are looked up.
+        padding: the id that leaves no gradient; None: there is none.
+
+    Returns:
+        (..., n), in the factors' type under autocast too, as a dense table would give it.
+    """
+    rows = F.embedding(ids, factors.u)
+    rows, narrow = in_compute_dtype(rows, factors._replace(u=rows))
+    y = _to_wide(rows, narrow.sigma, narrow.vh).to(factors.u.dtype)
+    return y if padding is None else torch.where((ids == padding).unsqueeze(-1), y.detach(), y)
+
+
 def _order(
     rows: int, m: int, k: int, n: int, training: bool, input_gradient: bool
 ) -> Literal["rebuild", "fold", "plain"]:
@@ -317,11 +334,12 @@ def for_each_group(filters: Tensor, groups: int) -> Tensor:
 
 
 class Arithmetic(NamedTuple):
-    """How one form of factors gives the dense weight W, W x + b, and a convolution with W."""
+    """How one form of factors gives the dense weight W, W x + b, a convolution with W, and rows of W by their ids."""
 
     dense: Callable[[Factors], Tensor]
     linear: Callable[[Tensor, Factors, Tensor | None], Tensor]
     convolution: Callable[[Tensor, Factors, Tensor | None, ConvGeometry], Tensor]
+    embedding: Callable[[Tensor, Factors, int | None], Tensor] = embedding
 
 
 FROZEN = Arithmetic(dense, linear, convolution)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from hpclr.lowrank.embedding import EmbeddingWeight, why_not_with_head
 from hpclr.lowrank.factors import SVD, svd
-from hpclr.lowrank.kinds import KINDS, Kinds, kind_of, lowrank_class, slots_of
-from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, is_sharded, uninstall
+from hpclr.lowrank.kinds import EMBEDDINGS, KINDS, Kinds, kind_of, lowrank_class, slots_of
+from hpclr.lowrank.layers import LowRankModule, Slot, holds, install, is_sharded, share, uninstall
 from hpclr.lowrank.product import Factors
 
 
@@ -27,6 +28,7 @@ class WeightSite:
     slot: Slot
     kinds: Kinds = KINDS  # the form it takes if it is dense and becomes factored
     owner: nn.Module | None = None  # of an attention layer's output projection: that layer
+    embeddings: tuple[nn.Module, ...] = ()  # of a head: those whose weight is the same Parameter
 
     def key(self, parameter: str) -> str:
         """The name in the model's state dict of one of the module's parameters."""
@@ -90,12 +92,16 @@ class WeightSite:
         """Dense to factored, or to other factors, in the parameter's own type."""
         like = self.parameter
         factors = (_compact(t.to(device=like.device, dtype=like.dtype)) for t in (u, sigma, vh))
-        install(self._specialised(), self.slot, *factors)
+        layer = self._specialised()
+        install(layer, self.slot, *factors)
+        self._share(layer)
 
     def set_rank(self, rank: int) -> None:
         """Gives it factors of this rank, with contents still to come (from a state dict)."""
         if not self.is_lowrank or self.rank != rank:
-            self._specialised().resize(self.slot, rank)
+            layer = self._specialised()
+            layer.resize(self.slot, rank)
+            self._share(layer)
 
     def _specialised(self) -> LowRankModule:
         """The module, of a class that can hold factors.
@@ -105,7 +111,14 @@ class WeightSite:
         for module in (self.module, self.owner):
             if module is not None and not isinstance(module, LowRankModule):
                 module.__class__ = cast(Any, lowrank_class(type(module), self.kinds))
+        for embedding in self.embeddings:
+            if not isinstance(embedding, LowRankModule):
+                embedding.__class__ = cast(Any, lowrank_class(type(embedding), EMBEDDINGS))
         return cast(LowRankModule, self.module)
+
+    def _share(self, layer: LowRankModule) -> None:
+        for embedding in self.embeddings:
+            share(embedding, layer, self.slot)
 
     def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
         """Dense to the leading `rank` directions of its decomposition (all of them if None)."""
@@ -115,9 +128,11 @@ class WeightSite:
 
     def densify(self) -> None:
         """Factored to dense, and the module to its own class once nothing in it is factored."""
-        uninstall(cast(LowRankModule, self.module), self.slot)
-        release(self.module)
-        release(self.owner)
+        layer = cast(LowRankModule, self.module)
+        uninstall(layer, self.slot)
+        self._share(layer)
+        for module in (self.module, self.owner, *self.embeddings):
+            release(module)
 
     def take_form(self, kinds: Kinds) -> None:
         """Makes these the kinds by which it is, or will be, factored; a module of other kinds becomes dense first."""
@@ -164,6 +179,7 @@ def select(
     keep_first: bool = False,
     keep_last: bool = False,
     kinds: Kinds | None = None,
+    tied: bool = False,
 ) -> Selection:
     """Finds the weights that may become low-rank, in registration order.
 
@@ -176,36 +192,46 @@ def select(
         keep_last: leave the last layer of an eligible type alone (the head), whatever its shape.
         kinds: the form of factors that is wanted, and weights in the other form are left alone; None: that with frozen
             bases for dense weights, and any for those already factored.
+        tied: take a head, too, whose weight is that of embeddings: one nn.Linear and one or more nn.Embedding hold the
+            same Parameter, and become factors together. It is then asked for, and `max_aspect`, `keep_first` and
+            `keep_last` do not concern it. Frozen bases only.
 
     Raises:
-        ValueError: if a pattern matches no layer.
-        TypeError: if a string is given where a list of patterns belongs.
+        ValueError: if a pattern matches no layer; with `tied`, if the model has no such head.
+        TypeError: if a string is given where a list of patterns belongs; with `tied`, for a sharded model.
     """
     if isinstance(include, str) or isinstance(exclude, str):
         raise TypeError("include and exclude take a list of patterns; for a single one write ['…']")
     selection = Selection()
     shared = _shared_storage(model)
     selection.candidates = candidates = list(_sites(model, selection, kinds or KINDS))
+    if tied:
+        _check_tied(model, candidates)
     edges = {
         site.name for keep, site in zip((keep_first, keep_last), candidates[:1] + candidates[-1:], strict=False) if keep
     }
     _check_patterns([*(include or ()), *exclude], selection.order)
     for site in candidates:
+        together = tied and bool(site.embeddings)
         reason = _named_against(site, include, exclude) or (_other_form(site) if kinds else None)
         if reason is None and not site.is_lowrank:
-            reason = _unsuitable(site, site.parameter) or _unwanted(site, site.parameter, shared, max_aspect)
-        if reason is None and site.name in edges:
+            limit = float("inf") if together else max_aspect
+            reason = _unsuitable(site, site.parameter) or _why_tied(site, shared, together)
+            reason = reason or _unwanted(site, site.parameter, limit)
+        if reason is None and site.name in edges and not together:
             reason = "kept dense as the first or last layer (keep_first, keep_last)"
         if reason is None:
             selection.eligible.append(site)
         else:
             selection.left_alone[site.name] = reason
+    _explain_embeddings(model, selection)
     return selection
 
 
 def _sites(model: nn.Module, selection: Selection, kinds: Kinds) -> Iterator[WeightSite]:
     """Every weight of an eligible kind; other layers with parameters go into the selection with the reason."""
     owners: dict[nn.Module, nn.Module] = {}
+    embeddings = _embeddings(model)
     for name, module in model.named_modules():
         found = [slot for slot in slots_of(module, kinds) if holds(module, slot)]
         if found and isinstance(module, nn.MultiheadAttention):
@@ -214,10 +240,43 @@ def _sites(model: nn.Module, selection: Selection, kinds: Kinds) -> Iterator[Wei
             stem = slot.stem.rstrip("_")
             site_name = ".".join(filter(None, (name, stem))) or _class_name(module)
             selection.order.append(site_name)
-            yield WeightSite(site_name, name, module, slot, kinds, owners.get(module))
+            site = WeightSite(site_name, name, module, slot, kinds, owners.get(module))
+            if isinstance(module, nn.Linear):
+                site.embeddings = embeddings.get(site.parameter, ())
+            yield site
         if not found and module._parameters:
             selection.order.append(name or _class_name(module))
             selection.left_alone[selection.order[-1]] = _why_no_site(module)
+
+
+def _embeddings(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, ...]]:
+    """Which embeddings hold a Parameter, as their weight or as the Σ of the factors that they share with a head."""
+    found: dict[nn.Parameter, tuple[nn.Module, ...]] = {}
+    for module in model.modules():
+        parameter = module._parameters.get("sigma" if isinstance(module, LowRankModule) else "weight")
+        if isinstance(module, nn.Embedding) and parameter is not None:
+            found[parameter] = (*found.get(parameter, ()), module)
+    return found
+
+
+def _check_tied(model: nn.Module, candidates: Sequence[WeightSite]) -> None:
+    if any(map(is_sharded, model.parameters())):
+        raise TypeError(
+            "tied=True has a head and its embedding change together, which they cannot do on a sharded model, of which "
+            "each process holds a part; leave it out, or use hpclr.parallel.Replica where the whole model fits on one "
+            "device"
+        )
+    if not any(site.embeddings for site in candidates):
+        raise ValueError("tied=True, but no nn.Linear of the model has the weight of an nn.Embedding; leave it out")
+
+
+def _explain_embeddings(model: nn.Module, selection: Selection) -> None:
+    """Embeddings that have, or would get, the factors of a head are no layers of their own."""
+    names = {module: name or _class_name(module) for name, module in model.named_modules()}
+    for site in selection.candidates:
+        for embedding in site.embeddings if site.is_lowrank or site in selection.eligible else ():
+            what = "its factors are those" if site.is_lowrank else "its weight is that"
+            selection.left_alone[names[embedding]] = f"{what} of the head '{site.name}', and it changes with that"
 
 
 def _class_name(module: nn.Module) -> str:
@@ -226,6 +285,8 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _why_no_site(module: nn.Module) -> str:
+    if isinstance(module, EmbeddingWeight):
+        return "its factors are those of a head that is not here"
     if slots_of(module):
         return "its weight is computed from other parameters (parametrised, weight or spectral norm, pruning)"
     return f"{type(module).__name__} has no low-rank form"
@@ -263,9 +324,17 @@ def _unsuitable(site: WeightSite, weight: Any) -> str | None:
     return None
 
 
-def _unwanted(site: WeightSite, weight: nn.Parameter, shared: Counter[int], max_aspect: float) -> str | None:
-    if shared[_place(weight)] > 1:
-        return "tied: its weight is shared with another layer"
+def _why_tied(site: WeightSite, shared: Counter[int], together: bool) -> str | None:
+    """Why others have its weight and it cannot change with all of them; None if nobody has, or it can."""
+    others = shared[_place(site.parameter)] - 1
+    if others == len(site.embeddings) and together:
+        if site.kinds is not KINDS:
+            return "tied: a head and its embedding become factors with frozen bases alone"
+        return why_not_with_head(site.embeddings, site.slot.names)
+    return "tied: its weight is shared with another layer" if others > 0 else None
+
+
+def _unwanted(site: WeightSite, weight: nn.Parameter, max_aspect: float) -> str | None:
     if not weight.requires_grad:
         return "frozen: its weight does not require gradients"
     m, n = site.shape

@@ -77,6 +77,9 @@ class OIALR(Method):
         order: by what directions are judged and cut: "size", that of their singular values, as published; or "output",
             what they do to the layer's outputs: those of W C^½, with C = E[x xᵀ] of its inputs x in the step before the
             check. The cutoff is of these values then. For rules that do not judge by noise; not for sharded models.
+        tied: convert a head too whose weight is that of an embedding (GPT-2), and both to the same factors, whatever
+            `max_aspect`, `keep_first` and `keep_last` say; by "output" the head's inputs alone judge them, `outside`
+            is of the gradient of both uses. Not for sharded models.
         total_steps: the length of the run; needed if `delay` or `every` are fractions of it.
         placement: which process examines which layer; None: as the replica says, else this one all of them.
         auto: when layers freeze and at which ranks follows from the noise in their weights (`hpclr.methods.auto`); no
@@ -90,8 +93,8 @@ class OIALR(Method):
         report: layer name → why it stays dense.
 
     Raises:
-        ValueError: for a setting out of range, a pattern that matches nothing, a model without eligible layers,
-            an optimiser that does not hold the model's parameters.
+        ValueError: for a setting out of range, a pattern that matches nothing, a model without eligible layers, or with
+            `tied` without such a head, an optimiser that does not hold the model's parameters.
         TypeError: for an optimiser that cannot follow, or a model wrapped in DistributedDataParallel.
     """
 
@@ -117,6 +120,7 @@ class OIALR(Method):
         convert: Literal["at_delay", "when_it_pays"] = "at_delay",
         sigma_lr: float = 1.0,
         order: Literal["size", "output"] = "size",
+        tied: bool = False,
         total_steps: int | None = None,
         placement: Placement | None = None,
         auto: bool = False,
@@ -126,9 +130,8 @@ class OIALR(Method):
         )
         self._model = check_model(model, sharded=True)
         names, ends = {"include": include, "exclude": exclude}, {"keep_first": keep_first, "keep_last": keep_last}
-        chosen = select(self._model, max_aspect=max_aspect, kinds=KINDS, **names, **ends)  # type: ignore[arg-type]
-        self._sites = {site.name: site for site in chosen.eligible}
-        self.report = chosen.left_alone
+        chosen = select(self._model, max_aspect=max_aspect, kinds=KINDS, tied=tied, **names, **ends)  # type: ignore[arg-type]
+        self._sites, self.report = {site.name: site for site in chosen.eligible}, chosen.left_alone
         check_layers(self._sites, self.report, "OIALR")
         check_optimizer(optimizer, {site.name: site.parameter for site in chosen.eligible})
         self._optimizer = optimizer

@@ -85,7 +85,7 @@ class PatchTST(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al., 2019), which predicts the next token at every place of a window.
 
-    The head shares the weight of the embedding, as in the original, so that neither can become low-rank.
+    The head shares the weight of the embedding, as in the original: they become low-rank together, if asked to.
 
     Args:
         sample_shape: (tokens,) of the window that it sees.

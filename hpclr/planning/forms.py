@@ -82,7 +82,7 @@ def formed(model: nn.Module, section: Section, ranks: Ranks) -> nn.Module:
 
 
 def _sites(section: Section, model: nn.Module) -> list[WeightSite]:
-    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude")
+    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude", *(["tied"] * isinstance(section, Oialr)))
     return select(model, kinds=_kinds(section), **{key: getattr(section, key) for key in keys}).eligible
 
 

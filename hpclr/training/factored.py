@@ -2,6 +2,7 @@
 """Runs a model with the weights of `hpclr export --factored`. It needs torch and safetensors only: copy it."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,19 +41,30 @@ def three_products(layer: Any, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
+def rows(layer: Any, ids: Tensor) -> Tensor:
+    """What nn.Embedding looks up: rows of U, k numbers each, times Σ Vᵀ."""
+    factors = layer.parametrizations.weight
+    u, sigma, vh = factors.original0, factors.original1, factors.original2
+    found: Tensor = (u[ids] * sigma if sigma.ndim == 1 else u[ids] @ sigma) @ vh
+    return found
+
+
+QUICK: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {nn.Linear: three_products, nn.Embedding: rows}
+
+
 def with_factors(model: nn.Module, state: dict[str, Tensor], layers: dict[str, Any]) -> nn.Module:
     """Gives a model of the original class factored weights."""
     state = dict(state)
     for entry in layers.values():
         path, _, name = entry["weight"].rpartition(".")
         layer, factors = model.get_submodule(path), [state.pop(key) for key in entry["factors"]]
-        quick = type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+        quick = three_products if type(layer).__name__ == "Conv1D" else QUICK.get(type(layer))
         if not parametrize.is_parametrized(layer, name):  # a layer may have several names
             parametrize.register_parametrization(layer, name, Product(factors, entry))
         for i, factor in enumerate(factors):
             state[f"{path}.parametrizations.{name}.original{i}".lstrip(".")] = factor
         if quick:
-            layer.forward = partial(three_products, layer)
+            layer.forward = partial(quick, layer)
     model.load_state_dict(state)
     return model
 

@@ -41,7 +41,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _RUN_FILES = (".yaml", ".yml")
 _SCALES = ("_scale", "_scale_inv")  # by which files call what eight-bit weights are to be multiplied with
 _NO_DATA = Asked()
-_CHOICES = ("include", "exclude", "max_aspect", "keep_first", "keep_last")
+_CHOICES = ("include", "exclude", "max_aspect", "keep_first", "keep_last", "tied")
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,11 @@ def _ranks(facts: _Facts) -> Iterator[str]:
     if facts.ranks is None or facts.undescribed:
         return
     tied = facts.value(dict[str, str], "tied") or {}
-    sigmas = {name: layer.factors[1] for name, layer in facts.layers.items() if layer.factors[1] not in tied}
+    by_sigma: dict[str, str] = {}  # several layers may share one; the method names one of them
+    for name, layer in facts.layers.items():
+        first = tied.get(layer.factors[1], layer.factors[1])
+        by_sigma[first] = name if name in facts.ranks else by_sigma.get(first, name)
+    sigmas = {name: sigma for sigma, name in by_sigma.items()}
     found: dict[str, tuple[int | None, ...]]
     found = {name: facts.model.get(sigma, ())[:1] for name, sigma in sigmas.items()}
     found |= {name: (rank_stored(entry, facts.model),) for name, entry in facts.adapters.items()}

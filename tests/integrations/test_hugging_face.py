@@ -119,6 +119,8 @@ def test_adapters_need_no_callback_to_be_resumed_to_the_bit(out, adapt):
 
 
 def test_settings_that_oialr_has_not():
+    with pytest.raises(UsageError, match="takes no tied=True: the Trainer's checkpoints cannot hold factors"):
+        HuggingFaceCallback(delay=1, every=1, tied=True)
     with pytest.raises(UsageError, match=r"found method, proportion\. Adapters need no callback"):
         HuggingFaceCallback(method=SARA, proportion=0.1)
 

@@ -31,6 +31,19 @@ def test_many_processes_train_as_one(processes, way, order):
     assert alone["ranks"][-1] != alone["ranks"][0]
 
 
+def test_a_head_and_its_embedding_train_as_one_weight_on_all_processes():
+    [alone], replicas = (together(processes, "tied_loop.py") for processes in (1, 2))
+    assert len({replica["digest"] for replica in replicas}) == 1
+    assert len({str(replica["outside"]) for replica in replicas}) == 1
+    assert 1 < alone["ranks"][-1]["head"] < 12
+    for replica in replicas:
+        assert replica["ranks"] == alone["ranks"]
+        assert replica["outside"][2:] == pytest.approx(alone["outside"][2:], abs=1e-9)
+        assert replica["table"] == replica["weight"]
+        assert torch.tensor(replica["weight"]) == pytest.approx(torch.tensor(alone["weight"]), abs=1e-9)
+        assert replica["reduced"] == replica["sigma_and_rest"]
+
+
 def test_another_order_gives_other_ranks():
     assert run(1, "rank0", order="output")[0]["ranks"] != run(1, "rank0")[0]["ranks"]
 

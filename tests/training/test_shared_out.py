@@ -124,6 +124,7 @@ def test_what_does_not_go_with_it_is_refused(bench):
         ("method.svd=heat", "method.svd: heat"),
         ("method={name: oialr, auto: true}", "method.auto: true"),
         ("method.order=output", "method.order: output"),
+        ("method.tied=true", "method.tied: true"),
         ("optimizer.name=adafactor", "optimizer.name: adafactor"),
         ("parallel.sync_batchnorm=true", "parallel.sync_batchnorm: true"),
         ("parallel.unused_parameters=true", "parallel.unused_parameters: true"),

@@ -93,6 +93,13 @@ class Oialr(Section, kw_only=True, frozen=True):
         Literal["size", "output"],
         doc("Directions are judged and cut by their singular values, or by what they do to their layer's outputs."),
     ] = "size"
+    tied: Annotated[
+        bool,
+        doc(
+            "Convert a head too whose weight is that of an embedding, and both to the same factors, whatever "
+            "`max_aspect`, `keep_first` and `keep_last` say; see [methods](methods.md#tied-heads)."
+        ),
+    ] = False
     svd: Annotated[
         Literal["rank0", "spread", "heat"],
         doc(
