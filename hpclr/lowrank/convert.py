@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from hpclr.lowrank.embedding import EmbeddingWeight
 from hpclr.lowrank.factors import SVD, FactorizationError, svd
 from hpclr.lowrank.kinds import KINDS, Kinds
 from hpclr.lowrank.layers import LowRankModule, lowrank_modules, refuse_shards, uninstall
@@ -144,17 +145,39 @@ def densify(model: nn.Module) -> nn.Module:
 
     A weight is trained if any of its factors was. Optimiser state is not taken back: densify for evaluation and export,
     after training.
+
+    Raises:
+        ValueError: for a part of a model that has a head without the embedding with which it shares its factors, or the
+            other way round.
     """
     modules = list(lowrank_modules(model))
-    for site in select(model).candidates:
-        if site.is_lowrank:
-            site.densify()
+    sites = factored_sites(model)
+    for site in sites:
+        site.densify()
     for _, module in modules:
-        for slot in module.slots if isinstance(module, LowRankModule) else ():
-            if module.is_lowrank(slot):  # an embedding of which the head is not in the model
-                uninstall(module, slot)
+        if isinstance(module, EmbeddingWeight):  # somebody has untied it
+            uninstall(module, module.slots[0])
         release(module)
     return model
+
+
+def factored_sites(model: nn.Module) -> list[WeightSite]:
+    """Every factored weight of a whole model.
+
+    Raises:
+        ValueError: if the model is a part of another, where others share its factors.
+    """
+    sites = [site for site in select(model).candidates if site.is_lowrank]
+    lost = sum(cast(LowRankModule, site.module).followers - len(site.followers()) for site in sites)
+    followers = {embedding for site in sites for embedding in site.followers()}
+    modules = [module for _, module in lowrank_modules(model) if isinstance(module, EmbeddingWeight)]
+    orphans = [module for module in modules if module not in followers]
+    if lost != len(orphans):
+        raise ValueError(
+            "a head and an embedding share their factors, and one of them is not in what is given here; give the whole "
+            "model"
+        )
+    return sites
 
 
 @torch.no_grad()
@@ -180,7 +203,7 @@ def shape_model_like(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: if such a layer cannot be converted.
     """
     selection = select(model)
-    if any(site.embeddings and _form_stored(state, site) for site in selection.candidates):
+    if any(_form_stored(state, site) and _holds_for_all(state, site, model) for site in selection.candidates):
         selection = select(model, tied=True)
     stored = {site: form for site in selection.candidates if (form := _form_stored(state, site))}
     for site, form in stored.items():
@@ -203,6 +226,17 @@ def _form_stored(state: Mapping[str, Any], site: WeightSite) -> Kinds | None:
         if site.key(site.slot.weight) not in state and all(name in state for name in names):
             return SPATIAL if form is CHANNEL and _is_spatial(state[names[0]], site.module) else form
     return None
+
+
+def _holds_for_all(state: Mapping[str, Any], site: WeightSite, model: nn.Module) -> bool:
+    """Whether a weight is that of embeddings, too, and `state` has nothing else for them than for the head."""
+    paths = [path for path, module in model.named_modules() if module in site.followers()]
+    pairs = [(site.key(name), f"{path}.{name}".lstrip(".")) for path in paths for name in site.slot.names]
+    return bool(paths) and all(other in state and _are_equal(state[key], state[other]) for key, other in pairs)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    return one is other or (one.shape == other.shape and (one.is_meta or torch.equal(one, other)))
 
 
 def _is_spatial(u: Any, module: nn.Module) -> bool:

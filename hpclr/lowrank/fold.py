@@ -5,10 +5,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpclr.lowrank.convert import factored_sites
 from hpclr.lowrank.factors import working_dtype
 from hpclr.lowrank.kinds import KINDS, lowrank_class
 from hpclr.lowrank.layers import LowRankModule, lowrank_modules, rename, replace_data
-from hpclr.lowrank.sites import WeightSite, release, select
+from hpclr.lowrank.sites import WeightSite, release
 from hpclr.lowrank.svd_layers import CHANNEL
 from hpclr.lowrank.two_factors import saves
 
@@ -26,13 +27,13 @@ def fold(model: nn.Module) -> nn.Module:
     There is no way back, and what is folded is frozen: fold a copy, `fold(copy.deepcopy(model))`, if training goes on.
     """
     modules = list(lowrank_modules(model))
-    factored = [site for site in select(model).candidates if site.is_lowrank]
+    factored = factored_sites(model)
     for site in factored:
         if not _gains(site):
             site.densify()
-        elif site.embeddings:
+        elif site.followers():
             site.parameter.requires_grad_(False)
-    alone = {site.module for site in factored if site.is_lowrank and not site.embeddings}
+    alone = {site.module for site in factored if site.is_lowrank and not site.followers()}
     for _, module in modules:
         if module in alone and not module.trains_bases:
             _absorb_middles(module)

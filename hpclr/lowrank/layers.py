@@ -45,6 +45,7 @@ class LowRankModule(nn.Module):
     slots: tuple[Slot, ...]
     mixin: type["LowRankModule"]  # the class was made from this one and the next
     dense_class: type[nn.Module]
+    followers: int = 0  # embeddings that hold the same factors
 
     # what another form of the factors does in its own way
     label: ClassVar[str] = "LowRank"

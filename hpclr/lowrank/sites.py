@@ -1,7 +1,7 @@
 """The places in a model where a weight matrix lives, and which of them may become low-rank."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -111,14 +111,20 @@ class WeightSite:
         for module in (self.module, self.owner):
             if module is not None and not isinstance(module, LowRankModule):
                 module.__class__ = cast(Any, lowrank_class(type(module), self.kinds))
-        for embedding in self.embeddings:
+        for embedding in self.followers():
             if not isinstance(embedding, LowRankModule):
                 embedding.__class__ = cast(Any, lowrank_class(type(embedding), EMBEDDINGS))
         return cast(LowRankModule, self.module)
 
+    def followers(self) -> list[nn.Module]:
+        """The embeddings that hold the Parameter still: whoever gives one another weight has untied it."""
+        return [e for e in self.embeddings if any(held is self.parameter for held in e._parameters.values())]
+
     def _share(self, layer: LowRankModule) -> None:
-        for embedding in self.embeddings:
+        followers = self.followers()
+        for embedding in followers:
             share(embedding, layer, self.slot)
+        layer.followers = max(layer.followers, len(followers)) if self.is_lowrank else 0
 
     def factorize(self, rank: int | None = None, parts: SVD | None = None) -> None:
         """Dense to the leading `rank` directions of its decomposition (all of them if None)."""
@@ -131,7 +137,7 @@ class WeightSite:
         layer = cast(LowRankModule, self.module)
         uninstall(layer, self.slot)
         self._share(layer)
-        for module in (self.module, self.owner, *self.embeddings):
+        for module in (self.module, self.owner, *self.followers()):
             release(module)
 
     def take_form(self, kinds: Kinds) -> None:
@@ -194,10 +200,10 @@ def select(
             bases for dense weights, and any for those already factored.
         tied: take a head, too, whose weight is that of embeddings: one nn.Linear and one or more nn.Embedding hold the
             same Parameter, and become factors together. It is then asked for, and `max_aspect`, `keep_first` and
-            `keep_last` do not concern it. Frozen bases only.
+            `keep_last` do not concern it; to exclude one of them excludes both. Frozen bases only.
 
     Raises:
-        ValueError: if a pattern matches no layer; with `tied`, if the model has no such head.
+        ValueError: if a pattern matches no layer; with `tied`, if the model has no such head, or none may be converted.
         TypeError: if a string is given where a list of patterns belongs; with `tied`, for a sharded model.
     """
     if isinstance(include, str) or isinstance(exclude, str):
@@ -211,9 +217,11 @@ def select(
         site.name for keep, site in zip((keep_first, keep_last), candidates[:1] + candidates[-1:], strict=False) if keep
     }
     _check_patterns([*(include or ()), *exclude], selection.order)
+    names = _names_of_embeddings(model)
     for site in candidates:
         together = tied and bool(site.embeddings)
-        reason = _named_against(site, include, exclude) or (_other_form(site) if kinds else None)
+        others = [names[embedding] for embedding in site.embeddings if together]
+        reason = _named_against(site, include, exclude, others) or (_other_form(site) if kinds else None)
         if reason is None and not site.is_lowrank:
             limit = float("inf") if together else max_aspect
             reason = _unsuitable(site, site.parameter) or _why_tied(site, shared, together)
@@ -224,7 +232,9 @@ def select(
             selection.eligible.append(site)
         else:
             selection.left_alone[site.name] = reason
-    _explain_embeddings(model, selection)
+    _explain_embeddings(names, selection)
+    if tied:
+        _check_any_tied(selection)
     return selection
 
 
@@ -270,9 +280,20 @@ def _check_tied(model: nn.Module, candidates: Sequence[WeightSite]) -> None:
         raise ValueError("tied=True, but no nn.Linear of the model has the weight of an nn.Embedding; leave it out")
 
 
-def _explain_embeddings(model: nn.Module, selection: Selection) -> None:
+def _check_any_tied(selection: Selection) -> None:
+    heads = [site for site in selection.candidates if site.embeddings]
+    if not any(head in selection.eligible for head in heads):
+        reasons = "; ".join(f"{head.name}: {selection.left_alone[head.name]}" for head in heads)
+        raise ValueError(f"tied=True, but no head with the weight of an embedding can be converted ({reasons})")
+
+
+def _names_of_embeddings(model: nn.Module) -> dict[nn.Module, str]:
+    modules = model.named_modules()
+    return {module: name or _class_name(module) for name, module in modules if isinstance(module, nn.Embedding)}
+
+
+def _explain_embeddings(names: Mapping[nn.Module, str], selection: Selection) -> None:
     """Embeddings that have, or would get, the factors of a head are no layers of their own."""
-    names = {module: name or _class_name(module) for name, module in model.named_modules()}
     for site in selection.candidates:
         for embedding in site.embeddings if site.is_lowrank or site in selection.eligible else ():
             what = "its factors are those" if site.is_lowrank else "its weight is that"
@@ -286,17 +307,19 @@ def _class_name(module: nn.Module) -> str:
 
 def _why_no_site(module: nn.Module) -> str:
     if isinstance(module, EmbeddingWeight):
-        return "its factors are those of a head that is not here"
+        return "its factors are those of a head that is not here, or has others by now"
     if slots_of(module):
         return "its weight is computed from other parameters (parametrised, weight or spectral norm, pruning)"
     return f"{type(module).__name__} has no low-rank form"
 
 
-def _named_against(site: WeightSite, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
-    """Why the names given say that a weight is to be left alone; None if they do not."""
+def _named_against(
+    site: WeightSite, include: Sequence[str] | None, exclude: Sequence[str], others: Sequence[str]
+) -> str | None:
+    """Why the names given, of a layer and others that change with it, say that a weight is left alone; None if not."""
     if include is not None and not _matches(site.name, include):
         return "not among the names to include"
-    return "excluded by name" if _matches(site.name, exclude) else None
+    return "excluded by name" if any(_matches(name, exclude) for name in (site.name, *others)) else None
 
 
 def _other_form(site: WeightSite) -> str | None:

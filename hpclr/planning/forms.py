@@ -82,8 +82,9 @@ def formed(model: nn.Module, section: Section, ranks: Ranks) -> nn.Module:
 
 
 def _sites(section: Section, model: nn.Module) -> list[WeightSite]:
-    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude", *(["tied"] * isinstance(section, Oialr)))
-    return select(model, kinds=_kinds(section), **{key: getattr(section, key) for key in keys}).eligible
+    keys = ("max_aspect", "keep_first", "keep_last", "include", "exclude")
+    chosen, tied = {key: getattr(section, key) for key in keys}, getattr(section, "tied", False)
+    return select(model, kinds=_kinds(section), tied=tied, **chosen).eligible
 
 
 def _kinds(section: Section) -> Kinds:

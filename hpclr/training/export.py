@@ -237,7 +237,7 @@ def _described(stored: StoredWeights, factored: bool) -> str:
 def _write_safetensors(path: Path, weights: _Weights) -> str:
     metadata = {"format": "pt", **weights.facts, "layers": json.dumps(weights.layers_json)}
     try:
-        save_file(_apart(weights.state), path, metadata)
+        save_file(_each_once(_apart(weights.state)), path, metadata)
     except KeyError as error:
         raise UsageError(
             f"safetensors has no type {error}, in which a tensor is stored; choose hdf5 or torch"
@@ -287,3 +287,10 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
         for key, value in state.items()
     }
+
+
+def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory of its own for each name: safetensors knows no tensor of two names."""
+    found: dict[int, str] = {}
+    first = {key: found.setdefault(value.data_ptr(), key) for key, value in state.items() if value.numel()}
+    return {key: value.clone() if first.get(key, key) != key else value for key, value in state.items()}

@@ -45,8 +45,9 @@ def rows(layer: Any, ids: Tensor) -> Tensor:
     """What nn.Embedding looks up: rows of U, k numbers each, times Σ Vᵀ."""
     factors = layer.parametrizations.weight
     u, sigma, vh = factors.original0, factors.original1, factors.original2
-    found: Tensor = (u[ids] * sigma if sigma.ndim == 1 else u[ids] @ sigma) @ vh
-    return found
+    found = nn.functional.embedding(ids, u)
+    wide: Tensor = (found * sigma if sigma.ndim == 1 else found @ sigma) @ vh
+    return wide
 
 
 QUICK: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {nn.Linear: three_products, nn.Embedding: rows}

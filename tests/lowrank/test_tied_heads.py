@@ -194,9 +194,13 @@ def test_limits_of_shape_and_place_do_not_concern_it_but_names_do():
     model = factored()
     assert [site.name for site in select(model, tied=True, **limits).eligible] == ["body", "head"]
     assert "head" in select(model, **limits).left_alone
-    chosen = select(Language(), tied=True, exclude=["head"])
-    assert chosen.left_alone == {"embedding": "Embedding has no low-rank form", "head": "excluded by name"}
     assert [site.name for site in select(Language(), tied=True, include=["head"]).eligible] == ["head"]
+
+
+@pytest.mark.parametrize("names", [{"exclude": ["head"]}, {"exclude": ["emb*"]}, {"include": ["body"]}])
+def test_names_that_leave_it_nothing_to_do_are_refused(names):
+    with pytest.raises(ValueError, match=r"no head .* can be converted \(head: (excluded by name|not among)"):
+        select(Language(), tied=True, **names)
 
 
 def of(change=lambda model: None, **options):
@@ -235,20 +239,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_change_with_its_embedding_stays_dense(name):
+def test_what_cannot_change_with_its_embedding_is_refused(name):
     make, reason = REFUSED[name]
     model = make()
-    reports = {report.name: report for report in factorize(model, tied=True)}
-    assert reason in reports["head"].reason
-    assert reports["embedding"].reason.endswith("Embedding has no low-rank form")
-    assert not any(name in model.embedding._parameters for name in NAMES)
-    assert isinstance(model.head.weight, nn.Parameter)
-    assert reports["body"].converted
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=reason):
+        factorize(model, tied=True)
+    assert dict(model.named_parameters()) == before
 
 
 def test_trained_bases_are_no_form_of_it():
-    chosen = select(Language(), kinds=CHANNEL, tied=True)
-    assert "frozen bases alone" in chosen.left_alone["head"]
+    with pytest.raises(ValueError, match="frozen bases alone"):
+        select(Language(), kinds=CHANNEL, tied=True)
     assert "frozen bases, of another method" in select(factored(), kinds=CHANNEL).left_alone["head"]
 
 
@@ -284,6 +286,54 @@ def test_several_embeddings_may_have_it():
     assert densify(model).second.weight is model.head.weight
 
 
+def test_who_gives_the_embedding_another_weight_has_untied_it():
+    """Between the choice of layers and their conversion, say: the embedding keeps what it was given."""
+    model = Language()
+    (head,) = [site for site in select(model, tied=True).eligible if site.name == "head"]
+    model.embedding.weight = nn.Parameter(torch.ones(TOKENS, WIDTH, dtype=torch.float64))
+    head.factorize(4)
+    assert type(model.embedding) is nn.Embedding
+    assert bool((model.embedding(ids(4)) == 1).all())
+    assert type(densify(model).head) is nn.Linear
+
+
+@pytest.mark.parametrize("take", [densify, fold])
+@pytest.mark.parametrize("part", ["head", "embedding"])
+def test_a_part_of_a_tie_is_refused(take, part):
+    model = factored()
+    before = model(ids(4))
+    with pytest.raises(ValueError, match="give the whole model"):
+        take(getattr(model, part))
+    torch.testing.assert_close(model(ids(4)), before, rtol=0, atol=0)
+    assert is_tied(densify(model))
+
+
+def test_a_tie_that_loading_has_cut_is_none_any_more():
+    model = factored()
+    whole = model(ids(4))
+    copied = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(copied, assign=True)
+    factorize(model, 2)
+    assert model.embedding._parameters["sigma"].shape[0] > model.head._parameters["sigma"].shape[0] == 2
+    assert not is_tied(densify(model))
+    assert model(ids(4)).shape == whole.shape
+
+
+@pytest.mark.parametrize("other", ["a weight of its own", "factors of its own"])
+def test_other_weights_for_the_embedding_are_not_dropped(other):
+    separate = Language()
+    separate.embedding.weight = nn.Parameter(torch.randn(TOKENS, WIDTH, dtype=torch.float64))
+    state = separate.state_dict()
+    if other == "factors of its own":
+        state = factored().state_dict()
+        state["embedding.sigma"] = 2 * state["embedding.sigma"]
+    else:
+        factorize(separate, 4)
+        state = separate.state_dict()
+    with pytest.raises(ValueError, match="tied: its weight is shared"):
+        load_state_dict(Language(), state)
+
+
 def test_a_change_of_rank_reaches_both():
     model = factored()
     before = [model.head._parameters[name] for name in NAMES]
@@ -306,13 +356,10 @@ def test_dense_again_it_is_the_very_parameter_that_it_was():
     torch.testing.assert_close(model(ids(4)), expected, rtol=0, atol=1e-12)
 
 
-def test_an_embedding_by_itself_becomes_dense_as_well():
-    model = factored(rank=4)
-    alone = copy.deepcopy(model.embedding)
+def test_an_embedding_by_itself_is_no_layer():
+    alone = copy.deepcopy(factored(rank=4).embedding)
     assert select(alone).candidates == []
     assert "a head that is not here" in next(iter(select(alone).left_alone.values()))
-    torch.testing.assert_close(densify(alone)(ids(4)), model.embedding(ids(4)), rtol=0, atol=1e-12)
-    assert type(alone) is nn.Embedding
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,16 @@ def test_other_programs_load_it_dense_and_factored(reference, tmp_path):
         assert {HEAD, TABLE} <= json.loads(opened.metadata()["layers"]).keys()
 
 
+@pytest.mark.parametrize("options", [("--factored",), ()])
+def test_at_a_lower_rank_too(options, reference, tmp_path):
+    """There the two names are of one tensor in memory, of which safetensors knows nothing."""
+    done = hpclr("export", reference, tmp_path / "low.safetensors", "--rank-fraction", "0.25", *options)
+    assert done.code == 0, done.err
+    state = load_safetensors(tmp_path / "low.safetensors")
+    for name in FACTORS if options else ("weight",):
+        assert torch.equal(state[f"{HEAD}.{name}"], state[f"{TABLE}.{name}"])
+
+
 def test_a_run_may_begin_with_what_is_exported(reference, text, bench):
     """Factors are multiplied out, and both names may be there."""
     for options in ((), ("--factored",)):
