@@ -15,18 +15,17 @@ from hpclr.lowrank.svd_layers import CHANNEL, SPATIAL
 
 
 @pytest.fixture(autouse=True)
-def forget_compiled_code():
+def as_if_nothing_had_been_compiled():
+    """Whatever other tests of this process have told torch: `expect_rank_changes` is for the whole process."""
     torch.compiler.reset()
-    yield
+    with torch._dynamo.config.patch(force_parameter_static_shapes=True, recompile_limit=8):
+        yield
     torch.compiler.reset()
 
 
 @pytest.fixture
-def ranks_may_change():
-    with torch._dynamo.config.patch(recompile_limit=8):
-        expect_rank_changes()
-        yield
-        torch._dynamo.config.force_parameter_static_shapes = True
+def ranks_may_change(as_if_nothing_had_been_compiled):
+    expect_rank_changes()
 
 
 def conv_net():
