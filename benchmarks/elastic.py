@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--fractions", default="1,0.5,0.25,0.125")
     parser.add_argument("--calibrate", type=int, default=512)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     measure.begin(arguments)
     arguments.fractions = [float(fraction) for fraction in arguments.fractions.split(",")]
     found = [curves(int(seed), arguments) for seed in arguments.seeds.split(",")]
