@@ -46,7 +46,7 @@ def dense_gradients(
         found[name] = found[name] + gradient if name in found else gradient
 
     arithmetic = _rebuilding(lambda factors: names.get(id(factors.sigma)), add)
-    modules = [module for site in followed.values() for module in (site.module, *site.embeddings)]
+    modules = [module for site in followed.values() for module in (site.module, *site.followers())]
     with not_compiled(), _calculating(arithmetic, cast(list[LowRankModule], modules)):
         yield found
 
