@@ -16,7 +16,9 @@ from test_bad_input import refused
 from training_helpers import Bench, assert_same_run, hpclr, last_tree, records, steps_kept
 
 from hpclr.checkpoint import CheckpointStore, load_file
-from hpclr.errors import RetryableError
+from hpclr.config.schema import Checkpoint
+from hpclr.errors import RetryableError, TrainingDivergedError
+from hpclr.parallel.group import Group
 from hpclr.training import loop, metrics, saving
 from hpclr.training.metrics import MetricsFile
 from hpclr.training.scores import Score
@@ -154,6 +156,26 @@ def test_a_stop_right_after_a_save_that_fails(acting, impatient, small_disk, ben
     step = int(re.search(r"the run is saved at step (\d+)", done.err)[1])
     assert step in steps_kept(bench.run)
     assert step in [record["step"] for record in records(bench.run, "save")]
+
+
+def test_of_faults_that_do_not_pass_the_first_is_told(tmp_path):
+    """The state of step 1 is bad, and that of step 2 is so too before anybody has heard of the first."""
+
+    def check(tree):
+        raise TrainingDivergedError(f"step {tree['step'].item()} is bad")
+
+    def nothing(*arguments, **more):
+        pass
+
+    store = CheckpointStore(tmp_path)
+    hooks = dict.fromkeys(("note", "record", "own", "doing"), nothing)
+    saves = saving.Saving(store, Checkpoint(), Group(), check=check, **hooks)
+    for step in (1, 2):
+        saves.save(step, {"step": torch.tensor(step)})
+    saves.wait()
+    saves.hear(torch.tensor(saves.signals(), dtype=torch.float32))
+    with pytest.raises(TrainingDivergedError, match="step 1 is bad"):
+        saves.settle()
 
 
 def test_no_memory_for_a_copy(acting, impatient, bench, monkeypatch):
