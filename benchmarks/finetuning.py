@@ -8,12 +8,13 @@
 Fashion-MNIST with a small vision transformer that has been trained on the other five. A new head is trained in every
 way. `sara` has as many parameters as `lora` at most, `edora` a third of these: the share of the singular values that
 the one's ranks cover, and the rank of the other, follow from that. `oialr` trains Σ, of rank by a cutoff of 0.1, of the
-layers that the adapters of the others sit on.
+layers that the adapters of the others sit on; `auto` trains the same layers, and decides itself when and at which rank
+they become low-rank; `auto_full` trains everything, and decides that of every layer that OIALR can convert.
 
 Accuracies are means over seeds ± standard deviations (n−1). `trained` are parameters without the head's, `bytes` those
-in a file of these alone; `step`, `peak` and `kept` are shares of LoRA's: the time of a training step in turns with its,
-the peak of memory in it, and what is kept for the backward pass. With --tune, a tenth of the samples chooses each way's
-learning rate, of three, by one seed.
+in a file of these alone, both at the end of training with the last seed; `step`, `peak` and `kept`, of what the model
+is then, are shares of LoRA's: the time of a training step in turns with its, the peak of memory in it, and what is kept
+for the backward pass. With --tune, a tenth of the samples chooses each way's learning rate, of three, by one seed.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from hpclr.lowrank import SumProportion
 from hpclr.lowrank.adapters import adapter_state_dict
 
 COLUMNS = ("method", "accuracy", "trained", "bytes", "step", "peak", "kept")
-RATES = {  # found by --tune, but for oialr's of `glosses` and full's of `images`, which are not tuned
+RATES = {  # found by --tune
     "glosses": {
         "frozen": 2.5e-2,
         "lora": 5e-3,
@@ -46,6 +47,8 @@ RATES = {  # found by --tune, but for oialr's of `glosses` and full's of `images
         "mo_sara": 2.5e-2,
         "edora": 2.5e-2,
         "oialr": 1e-3,
+        "auto": 2.5e-3,
+        "auto_full": 5e-4,
         "full": 5e-4,
     },
     "images": {
@@ -55,7 +58,9 @@ RATES = {  # found by --tune, but for oialr's of `glosses` and full's of `images
         "mo_sara": 2.5e-2,
         "edora": 1e-2,
         "oialr": 2.5e-3,
-        "full": 1e-3,
+        "auto": 2.5e-3,
+        "auto_full": 2.5e-3,
+        "full": 2.5e-3,
     },
 }
 RANK = 8  # of LoRA
@@ -83,9 +88,15 @@ def prepared(method: str, task: Task, seed: int, rate: float, steps: int) -> Tun
     elif method == "oialr":
         train_only(model, "head.", *(f"{name}." for name in layers_of(model, include)))
         optimizer = adamw(model, rate)
-        after = OIALR(
-            model, optimizer, delay=1, every=max(1, steps // 4), cutoff=0.1, include=include, keep_last=False
-        ).step
+        oialr = OIALR(model, optimizer, delay=1, every=max(1, steps // 4), cutoff=0.1, include=include, keep_last=False)
+        after = oialr.step
+    elif method == "auto":
+        train_only(model, "head.", *(f"{name}." for name in layers_of(model, include)))
+        optimizer = adamw(model, rate)
+        after = OIALR(model, optimizer, auto=True, total_steps=steps, include=include, keep_last=False).step
+    elif method == "auto_full":
+        optimizer = adamw(model, rate)
+        after = OIALR(model, optimizer, auto=True, total_steps=steps).step
     elif method != "full":
         options: dict[str, Any] = {"include": include, "keep_last": False, "train": ["head.*"]}
         if method == "sara":
@@ -197,24 +208,20 @@ def accuracy(model: nn.Module, task: Task, samples: list[Any]) -> float:
     return 100 * right / len(samples)
 
 
-def costs(methods: list[str], task: Task, name: str) -> dict[str, dict[str, float]]:
-    """What one step of each takes, after two that make the optimiser's state and let OIALR convert."""
-    made = {method: prepared(method, task, 0, RATES[name][method], 100) for method in methods}
+def costs(made: dict[str, Tuned], task: Task) -> dict[str, dict[str, float]]:
+    """What one more step of each trained model takes."""
     batch = sorted(task.train, key=task.size)[len(task.train) // 2 :][: task.batch_size]  # of the usual size
+    inputs, _ = task.batch(batch)
     found: dict[str, dict[str, float]] = {}
     for method, tuned in made.items():
         tuned.model.train()
-        for _ in range(2):
-            one_step(tuned, task, batch)
-            tuned.after()
-        inputs, _ = task.batch(batch)
         own = [(n, p) for n, p in tuned.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
         found[method] = {
             "trained": sum(p.numel() for _, p in own),
             "bytes": sum(p.nbytes for p in stored_with(method, tuned.model, own)),
             "peak": memory.peak_bytes(lambda tuned=tuned: one_step(tuned, task, batch), torch.device("cpu"))
             + memory.held_bytes(tuned.model, tuned.optimizer),
-            "kept": memory.saved_bytes(lambda tuned=tuned, inputs=inputs: tuned.model(*inputs), tuned.model),
+            "kept": memory.saved_bytes(lambda tuned=tuned: tuned.model(*inputs), tuned.model),
         }
     ways = {method: (lambda tuned=tuned: one_step(tuned, task, batch)) for method, tuned in made.items()}
     for method, seconds in measure.medians(measure.interleaved(ways, repeats=5)).items():
@@ -223,12 +230,11 @@ def costs(methods: list[str], task: Task, name: str) -> dict[str, dict[str, floa
 
 
 def stored_with(method: str, model: nn.Module, own: list[tuple[str, nn.Parameter]]) -> list[Tensor]:
-    """What has to be stored beside the base model: of adapters their frozen bases as well."""
+    """What has to be stored beside the base model: of adapters and of factors their frozen bases as well."""
     if method in ("sara", "mo_sara", "edora"):
         return list(adapter_state_dict(model).values())
-    if method == "oialr":
-        return [p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("u", "sigma", "vh")]
-    return [p for _, p in own]
+    bases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("u", "vh")]
+    return [p for _, p in own] + bases
 
 
 def main() -> None:
@@ -243,18 +249,18 @@ def main() -> None:
     if options.tune:
         tune(methods, task, RATES[options.task])
         return
-    cost = costs(methods, task, options.task)
-    base = cost.get("lora", cost[methods[0]])
-    results, lines = {}, []
+    scores: dict[str, list[float]] = {method: [] for method in methods}
+    made: dict[str, Tuned] = {}
     for method in methods:
-        scores = []
         for seed in options.seeds.split(","):
-            tuned = trained(method, task, int(seed), RATES[options.task][method], list(task.train))
-            scores.append(accuracy(tuned.model, task, list(task.test)))
-            print(f"{method}, seed {seed}: {scores[-1]:.1f} %", file=sys.stderr, flush=True)
-        results[method] = cost[method] | {"accuracy": scores, "rate": RATES[options.task][method]}
-        lines.append(line(method, scores, cost[method], base))
-    measure.show(COLUMNS, lines)
+            made[method] = trained(method, task, int(seed), RATES[options.task][method], list(task.train))
+            scores[method].append(accuracy(made[method].model, task, list(task.test)))
+            print(f"{method}, seed {seed}: {scores[method][-1]:.1f} %", file=sys.stderr, flush=True)
+    cost = costs(made, task)
+    base = cost.get("lora", cost[methods[0]])
+    measure.show(COLUMNS, [line(method, scores[method], cost[method], base) for method in methods])
+    rates = RATES[options.task]
+    results = {m: cost[m] | {"accuracy": scores[m], "rate": rates[m]} for m in methods}
     measure.write_json(options.json, facts, results)
 
 

@@ -4,6 +4,10 @@ Of a layer with the matrix W (m×n) they are C = E[x xᵀ] (n×n), over all rows
 batch, of sequences, of images × output positions × groups. What an error ΔW of the weight does to the outputs is
 E‖ΔW x‖² = tr(ΔW C ΔWᵀ), so a singular value decomposition of W C^½ orders directions by what they do to outputs, where
 that of W alone orders them by their size (`hpclr.lowrank.regression.decompose_in`).
+
+The mean of x xᵀ over fewer than 4 n rows is a poor estimate of C: directions that these rows happen not to have would
+count for nothing, and be cut. It is then shrunk towards a multiple of the identity, under which directions count by
+their size (`shrunk`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +24,7 @@ from hpclr.lowrank.layers import LowRankModule
 from hpclr.lowrank.sites import WeightSite, release
 from hpclr.lowrank.svd_layers import SpatialWeight
 
+ENOUGH = 4  # rows for each input, from which on shrinking changes little (benchmarks/few_rows.py)
 _BLOCK = 16 << 20  # bytes of the rows in float64 that are multiplied at a time
 _ATTENTION = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
 _ARGUMENTS = ("query", "key", "value")
@@ -66,9 +71,10 @@ def input_moments(
         forward: how a batch goes through the model; None: `model(batch)`.
 
     Returns:
-        Name of a site → C (n×n), float64, symmetric; for the groups of a convolution, and for the queries, keys and
-        values of one packed projection, the mean over them. Sites without an input are missing: those that no batch
-        reaches, and spatial-wise factors of convolutions, whose matrix is not multiplied with rows of the input.
+        Name of a site → C (n×n), float64, symmetric, `shrunk` if the rows are few; for the groups of a convolution, and
+        for the queries, keys and values of one packed projection, the mean over them. Sites without an input are
+        missing: those that no batch reaches, and spatial-wise factors of convolutions, whose matrix is not multiplied
+        with rows of the input.
     """
     sums = {site.name: _Sum() for site in sites}
     through = model if forward is None else forward
@@ -78,7 +84,31 @@ def input_moments(
             stack.enter_context(_seen(site, sums[site.name]))
         for batch in batches:
             through(batch)
-    return {name: one.total / one.rows for name, one in sums.items() if one.total is not None}
+    return {name: shrunk(one.total / one.rows, one.rows) for name, one in sums.items() if one.total is not None}
+
+
+def shrunk(moment: Tensor, rows: float, enough: float = ENOUGH) -> Tensor:
+    """The estimate (1 − ρ) C + ρ (tr C / n) I of a second moment of which few rows have been seen.
+
+    ρ is the oracle approximating shrinkage, the best for Gaussian rows as far as C itself can tell:
+
+        ρ = min(1, ((1 − 2/n) tr C² + tr² C) / ((r + 1 − 2/n) (tr C² − tr² C / n)))
+
+    which errs towards ranks that are too high. C of a single row counts for nothing. Source: Chen, Wiesel, Eldar and
+    Hero, arXiv 0907.4698, equation 23.
+
+    Args:
+        moment: C (n×n), the mean of x xᵀ.
+        rows: r, of how many x.
+        enough: from how many rows on, as a multiple of n, C is returned as it is.
+    """
+    n = len(moment)
+    if rows > enough * n - 0.5:  # the mean over processes is rounded
+        return moment
+    trace, square = moment.trace(), moment.square().sum()
+    apart = (rows + 1 - 2 / n) * (square - trace.square() / n)  # 0 where C is a multiple of the identity already
+    rho = torch.where(apart > 0, ((1 - 2 / n) * square + trace.square()) / apart, 1.0).clamp(0, 1)
+    return (1 - rho) * moment + rho * (trace / n) * torch.eye(n).to(moment)
 
 
 class InputWatch:

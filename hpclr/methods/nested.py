@@ -86,7 +86,6 @@ class Nested(TwoFactors):
     """
 
     name = "nested"
-    least_rows = 0  # nothing is cut as yet: what C knows nothing of comes last
 
     def __init__(
         self,

@@ -56,7 +56,6 @@ class TwoFactors(Method):
     """
 
     name: ClassVar[str]
-    least_rows: ClassVar[int] = 2  # for each input of a layer, where outputs decide what is cut
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class TwoFactors(Method):
             WithoutDecay(optimizer, self._factors)
         self._converted, self.failures = False, 0
         self._by_output_at = by_output_at or None
-        self._inputs = Inputs(self._placement, inside=False, least=self.least_rows)
+        self._inputs = Inputs(self._placement, inside=False)
         self._moments: Mapping[str, Tensor] = {}
 
     @abstractmethod

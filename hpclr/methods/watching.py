@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
-from hpclr.lowrank.activations import InputWatch
+from hpclr.lowrank.activations import InputWatch, shrunk
 from hpclr.lowrank.compiling import not_compiled
 from hpclr.lowrank.factors import LowRankWarning
 from hpclr.lowrank.sites import WeightSite
@@ -14,16 +14,15 @@ from hpclr.methods.placement import Placement
 
 
 class Inputs:
-    """The second moments C = E[x xᵀ] of what layers take in, over all rows of all processes.
+    """The second moments C = E[x xᵀ] of what layers take in, over all rows of all processes, `shrunk` if these are few.
 
     Args:
         placement: the processes, all of which watch the same layers in the same steps.
         inside: of weights that are factored, C is of what their Σ takes in: k×k.
-        least: how many rows x it takes at least, as a multiple of n; from fewer C knows nothing of some directions.
     """
 
-    def __init__(self, placement: Placement, *, inside: bool, least: int = 2) -> None:
-        self._placement, self._inside, self._least = placement, inside, least
+    def __init__(self, placement: Placement, *, inside: bool) -> None:
+        self._placement, self._inside = placement, inside
         self._watch: InputWatch | None = None
         self._watched: list[WeightSite] = []
 
@@ -52,27 +51,27 @@ class Inputs:
         self._watch, self._watched = None, []
 
     def means(self) -> dict[str, Tensor]:
-        """Layer name → C (n×n) in float64, of layers that have taken enough in; collective, and looks no longer."""
+        """Layer name → C (n×n) in float64, of layers that have taken something in; collective, and looks no longer."""
         watch, watched = self._watch, self._watched
         self.drop()
         if watch is None:
             return {}
         totals = ((site.name, self._placement.mean(watch.take(site))) for site in watched)
-        return {name: total[:-1] / total[-1, 0] for name, total in totals if self._is_enough(total)}
+        return {name: self._mean(total) for name, total in totals if total[:-1].any()}
 
-    def _is_enough(self, total: Tensor) -> bool:
-        rows, n = self._placement.processes * float(total[-1, 0]), total.shape[1]
-        return rows > 0 and rows > self._least * n - 0.5 and bool(total[:-1].any())
+    def _mean(self, total: Tensor) -> Tensor:
+        rows = float(total[-1, 0])
+        return shrunk(total[:-1] / rows, self._placement.processes * rows)
 
 
 def warn_of_unseen(layers: Sequence[str], consequence: str) -> None:
     """Whoever trains in a way in which nothing is seen should know."""
     named = ", ".join(layers[:3]) + (" …" if len(layers) > 3 else "")
     warnings.warn(
-        f"{len(layers)} layers ({named}) took nothing in, or too little, while the model trained in the step before "
-        f"they were to be judged by their outputs: {consequence}. That takes a batch of two rows (samples, tokens, "
-        "positions) for each of a layer's inputs, or more; step() after each optimiser step, with the model in "
-        "training mode; and the passes of a compiled model in `with method.probing():`. Else set order='size'.",
+        f"{len(layers)} layers ({named}) took nothing in, or zeros alone, while the model trained in the step before "
+        f"they were to be judged by their outputs: {consequence}. That takes step() after each optimiser step, with "
+        "the model in training mode; and the passes of a compiled model in `with method.probing():`. Else set "
+        "order='size'.",
         LowRankWarning,
         stacklevel=5,
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpclr.lowrank import factorize, select
-from hpclr.lowrank.activations import input_moments
+from hpclr.lowrank.activations import ENOUGH, input_moments, shrunk
 from hpclr.lowrank.factors import FactorizationError
 from hpclr.lowrank.linear_start import start_linear
 from hpclr.lowrank.regression import LinearFit, Moments, decompose_in, fit_linear, nearest_in, order_by_output
@@ -267,6 +267,39 @@ def _outputs_of_all_groups(layer, weight, x):
     return torch.cat(layers)
 
 
+def test_the_moment_of_few_rows_is_nearer_the_truth_shrunk():
+    """And more so the fewer they are; on average the amount is that of an oracle, who knows the truth."""
+    n, truth = 40, torch.diag(torch.logspace(0, -2, 40, dtype=torch.float64))
+    generator, gains = torch.Generator().manual_seed(0), []
+    for rows in (10, 30, 150):
+        errors, best = [], []
+        for _ in range(50):
+            x = torch.randn(rows, n, dtype=torch.float64, generator=generator) @ truth.sqrt()
+            seen, target = x.mT @ x / rows, torch.eye(n).double()
+            found, level = shrunk(seen, rows), seen.trace() / n
+            errors.append((float((found - truth).norm()), float((seen - truth).norm())))
+            away = level * target - seen
+            oracle = float(((truth - seen) * away).sum() / away.square().sum())
+            best.append((float(((found - seen) * away).sum() / away.square().sum()), oracle))
+        (mine, raw), (rho, oracle) = (map(sum, zip(*pairs, strict=True)) for pairs in (errors, best))
+        assert rho / 50 == pytest.approx(oracle / 50, rel=0.2, abs=0.02)
+        gains.append(raw / mine)
+    assert gains[0] > gains[1] > gains[2] > 1
+
+
+def test_enough_rows_speak_for_themselves_and_a_single_one_says_nothing():
+    x = torch.randn(40, 10, dtype=torch.float64)
+    moment = x.mT @ x / 40
+    assert shrunk(moment, ENOUGH * 10) is moment
+    few = shrunk(moment, 12)
+    assert not torch.allclose(few, moment)
+    assert_near(few.trace(), moment.trace())
+    one = x[:1].mT @ x[:1]
+    assert_near(shrunk(one, 1), one.trace() / 10 * torch.eye(10).double())
+    assert_near(shrunk(2 * torch.eye(10).double(), 5), 2 * torch.eye(10).double())
+    assert not shrunk(torch.zeros(10, 10), 5).any()
+
+
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("separate", [False, True])
 def test_attention_shows_what_each_projection_takes(separate, factored):
@@ -283,7 +316,7 @@ def test_attention_shows_what_each_projection_takes(separate, factored):
     model = Crossed()
     if factored:
         factorize(model)
-    kind, x = type(attention), torch.randn(3, 4, 8, dtype=torch.float64)
+    kind, x = type(attention), torch.randn(8, 4, 8, dtype=torch.float64)
     moments = input_moments(model, select(model).eligible, [x])
     rows = x.flatten(0, 1)
     expected = rows.T @ rows / len(rows)
@@ -305,10 +338,10 @@ def test_a_model_is_left_as_it_was_and_what_no_batch_reaches_is_missing():
 
     model = Partly()
     model.drop.eval()
-    x = torch.randn(6, 3)
-    moments = input_moments(model, select(model).eligible, [x[:4], x[4:]])
+    x = torch.randn(12, 3)
+    moments = input_moments(model, select(model).eligible, [x[:8], x[8:]])
     assert list(moments) == ["used"]
-    assert_near(moments["used"], (x.T @ x / 6).double(), 1e-6)
+    assert_near(moments["used"], (x.T @ x / 12).double(), 1e-6)
     assert model.training
     assert not model.drop.training
     assert not model.used._forward_pre_hooks

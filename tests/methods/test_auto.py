@@ -144,7 +144,7 @@ class Run:
 
     def train(self, first, last):
         for step in range(first, last):
-            parts = [batch(step + 100 * part, 10, 8) for part in range(3)]  # two rows for each of a layer's inputs
+            parts = [batch(step + 100 * part, 10, 8) for part in range(6)]  # four rows for each of a layer's inputs
             train_step(self.model, self.optimizer, *map(torch.cat, zip(*parts, strict=True)))
             self.oialr.step()
         return self

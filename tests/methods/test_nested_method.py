@@ -232,7 +232,7 @@ def test_who_cannot_see_inputs_says_so():
     method = Nested(model, optimizer, delay=1, keep_last=False)
     optimizer.step()
     with pytest.warns(
-        LowRankWarning, match=r"2 layers \(0, 2\) took nothing in, or too little, .*: their directions are taken"
+        LowRankWarning, match=r"2 layers \(0, 2\) took nothing in, or zeros alone, .*: their directions are taken"
     ):
         method.step()
     assert method.drawn
