@@ -26,7 +26,7 @@ from hpclr.training.adapter_files import about_base, check_suffix, running_stati
 from hpclr.training.evaluation import digests_of, find_checkpoint, malformed_named
 from hpclr.training.run_directory import reading
 from hpclr.training.state import from_tree
-from hpclr.training.stored_weights import Layers, StoredWeights, stored_weights
+from hpclr.training.stored_weights import Layers, StoredWeights, numbers, stored_weights
 from hpclr.training.written_files import written_whole
 from hpclr.version import __version__
 
@@ -219,10 +219,10 @@ def _facts(loaded: Loaded, digest: str, stored: StoredWeights) -> dict[str, str]
 
 def _described(stored: StoredWeights, factored: bool) -> str:
     """What is written, and how many numbers that is in either form."""
-    as_stored = sum(value.numel() for value in stored.state.values())
+    as_stored = numbers(stored.state.values())
     inside = {key for layer in stored.layers.values() for key in layer.factors}
-    dense = sum(value.numel() for key, value in stored.state.items() if key not in inside)
-    dense += sum(prod(layer.shape) for layer in stored.layers.values())
+    dense = numbers(value for key, value in stored.state.items() if key not in inside)
+    dense += sum({id(stored.state[layer.factors[1]]): prod(layer.shape) for layer in stored.layers.values()}.values())
     kind = "averaged weights" if stored.averaged else "weights"
     if factored:
         return f"factored {kind} ({as_stored:,} numbers, dense {dense:,})"

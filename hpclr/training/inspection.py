@@ -17,8 +17,8 @@ from hpclr.lowrank.spectra import core_of, singular_values
 from hpclr.output import printable
 from hpclr.training.evaluation import load_run, malformed_named
 from hpclr.training.scores import shown
-from hpclr.training.state import Position, from_tree, position_of, tensors
-from hpclr.training.stored_weights import Adapters, stored_weights
+from hpclr.training.state import Position, from_tree, position_of
+from hpclr.training.stored_weights import Adapters, numbers, stored_weights
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
@@ -41,17 +41,16 @@ def show_checkpoint(
     console = console or Console(highlight=False, markup=False, emoji=False)
     loaded, run = load_run(checkpoint, best=best, untrusted=untrusted)
     with malformed_named(loaded.path):
-        weights = tensors(loaded.tree["model"])
-        adapters = stored_weights(loaded.tree, loaded.path, merge=False).adapters
-        layers = _adapters(adapters, weights) if adapters else _layers(weights)
-        tables = [_facts(loaded.tree, loaded.path, run.method.name), layers]
+        stored = stored_weights(loaded.tree, loaded.path, average=False, merge=False)
+        layers = _adapters(stored.adapters, stored.state) if stored.adapters else _layers(stored.state)
+        tables = [_facts(loaded.tree, stored.state, loaded.path, run.method.name), layers]
     for table in tables:
         console.print(table)
 
 
-def _facts(tree: Tree, path: Path, method: str) -> Table:
+def _facts(tree: Tree, weights: Mapping[str, Tensor], path: Path, method: str) -> Table:
     position, environment = position_of(tree), from_tree(tree["environment"])
-    state, weights = from_tree(tree["method"])["state"], tensors(tree["model"])
+    state = from_tree(tree["method"])["state"]
     table = Table(title=printable(str(path)), title_justify="left", show_header=False)
     rows: dict[str, Any] = {
         "step": f"{position.step:,}" + (" (finished)" if position.finished else ""),
@@ -59,8 +58,8 @@ def _facts(tree: Tree, path: Path, method: str) -> Table:
         "best validation": _best(position),
         "method": method,
         "checks failed to decompose": state.get("failures", 0),
-        "stored numbers": f"{sum(value.numel() for value in weights.values()):,}",
-        "bytes of weights": f"{sum(value.numel() * value.element_size() for value in weights.values()):,}",
+        "stored numbers": f"{numbers(weights.values()):,}",
+        "bytes of weights": f"{sum({id(value): value.nbytes for value in weights.values()}.values()):,}",
         "made by": f"hpclr {environment['packages']['hpclr']}, torch {environment['packages']['torch']}, "
         f"Python {environment['python']}",
         "made on": f"{environment['host']}, {environment['device']}, {environment['threads']} threads",
@@ -75,13 +74,19 @@ def _best(position: Position) -> str:
     return f"{shown(position.best_scores)} at step {position.best_step}" if position.best_scores else "–"
 
 
-def _layers(weights: dict[str, Tensor]) -> Table:
+def _layers(weights: Mapping[str, Tensor]) -> Table:
     table = Table(title="factored layers", title_justify="left")
     for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
         table.add_column(column)
+    names: dict[int, list[str]] = {}  # a head and its embedding have the same factors
     for name, factors in factored_layers(weights):
+        names.setdefault(id(factors.sigma), []).append(name)
+    for name, factors in factored_layers(weights):
+        same = names[id(factors.sigma)]
+        if name != same[0]:
+            continue
         shape = f"{factors.u.shape[0]}×{factors.vh.shape[1]}"
-        table.add_row(printable(name), shape, str(len(factors.sigma)), *_spectrum(factors))
+        table.add_row(printable(" = ".join(same)), shape, str(len(factors.sigma)), *_spectrum(factors))
     return table
 
 

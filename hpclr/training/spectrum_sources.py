@@ -301,7 +301,14 @@ def _starts_as_hdf5(path: Path) -> bool:
 def _of_state(source: str, state: Mapping[str, Tensor]) -> Subject:
     """Of a state dict only names and shapes say what is a layer's weight."""
     factored = {name: factors for name, factors in factored_layers(state) if _fit(*factors)}
-    weights, left_alone = [_factored(name, factors) for name, factors in factored.items()], {}
+    weights, left_alone = list[Weight](), dict[str, str]()
+    cores: dict[int, str] = {}
+    for name, factors in factored.items():
+        first = cores.setdefault(id(factors.sigma), name)
+        if first == name:
+            weights.append(_factored(name, factors))
+        else:
+            left_alone[name] = f"tied: it is '{first}'"
     inside = {id(factor) for factors in factored.values() for factor in factors}
     known: dict[tuple[int, torch.Size], str] = {}
     for key, tensor in state.items():

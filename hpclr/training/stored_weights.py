@@ -1,10 +1,11 @@
 """The weights in a checkpoint, from the file alone: no model is built and nothing that it names is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import torch
 from torch import Tensor
 
 from hpclr.checkpoint import Json, Tree
@@ -17,7 +18,10 @@ Adapters = dict[str, AdaptedWeight]
 
 
 class StoredWeights(NamedTuple):
-    """A state dict, which of its entries are factors or adapters of what, whether they are averages, and merged."""
+    """A state dict, which of its entries are factors or adapters of what, whether they are averages, and merged.
+
+    What the model held under several names is one tensor.
+    """
 
     state: dict[str, Tensor]
     layers: Layers
@@ -55,10 +59,23 @@ def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool 
                 "damaged or was not written by hpclr: use another checkpoint."
             )
         state[name] = value.to(state[name].dtype)
+    _join(state, _tied(tree))
     adapters = _adapters(tree, state, path)
     if adapters and merge:
         return StoredWeights(_merged(state, adapters, path), layers, {}, bool(averages), merged=True)
     return StoredWeights(state, layers, adapters, bool(averages))
+
+
+def numbers(tensors: Iterable[Tensor]) -> int:
+    """How many numbers tensors hold: once of one that has several names."""
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _join(state: dict[str, Tensor], tied: Mapping[str, str]) -> None:
+    """What the model held under several names is one tensor again, unless somebody has changed one of them."""
+    for name, first in tied.items():
+        if name in state and first in state and torch.equal(state[name], state[first]):
+            state[name] = state[first]
 
 
 def _adapters(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Adapters:

@@ -104,6 +104,23 @@ def test_at_a_lower_rank_too(options, reference, tmp_path):
         assert torch.equal(state[f"{HEAD}.{name}"], state[f"{TABLE}.{name}"])
 
 
+@pytest.mark.parametrize("method", ["dense", "tied"])
+def test_what_has_two_names_counts_once(method, reference, text, bench):
+    """As in the sizes of the run, which counts parameters."""
+    run = reference
+    if method == "dense":
+        done = hpclr("train", bench.write(**sections(text) | {"method": {"name": "dense"}}))
+        assert done.code == 0, done.err
+        run = bench.path / "runs" / "run"
+    sizes = summary(run)["sizes"]
+    shown = hpclr("inspect", run).out
+    assert f"{sizes['stored']:,}" in shown
+    exported = hpclr("export", run, bench.path / "model.safetensors").out
+    assert f"({sizes['dense']:,} numbers, factored {sizes['stored']:,})" in exported
+    spectrum = hpclr("spectrum", run).out
+    assert f"tied: it is '{TABLE}" in " ".join(spectrum.split())
+
+
 def test_a_run_may_begin_with_what_is_exported(reference, text, bench):
     """Factors are multiplied out, and both names may be there."""
     for options in ((), ("--factored",)):
