@@ -24,7 +24,7 @@ from hpclr.lowrank.layers import LowRankModule
 from hpclr.lowrank.sites import WeightSite, release
 from hpclr.lowrank.svd_layers import SpatialWeight
 
-ENOUGH = 4  # rows for each input, from which on shrinking changes little (benchmarks/few_rows.py)
+ENOUGH = 4  # rows for each input, from which on shrinking costs more rank than it spares error (benchmarks/few_rows.py)
 _BLOCK = 16 << 20  # bytes of the rows in float64 that are multiplied at a time
 _ATTENTION = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
 _ARGUMENTS = ("query", "key", "value")
@@ -94,8 +94,7 @@ def shrunk(moment: Tensor, rows: float, enough: float = ENOUGH) -> Tensor:
 
         ρ = min(1, ((1 − 2/n) tr C² + tr² C) / ((r + 1 − 2/n) (tr C² − tr² C / n)))
 
-    which errs towards ranks that are too high. C of a single row counts for nothing. Source: Chen, Wiesel, Eldar and
-    Hero, arXiv 0907.4698, equation 23.
+    C of a single row counts for nothing. Source: Chen, Wiesel, Eldar and Hero, arXiv 0907.4698, equation 23.
 
     Args:
         moment: C (n×n), the mean of x xᵀ.
@@ -108,7 +107,7 @@ def shrunk(moment: Tensor, rows: float, enough: float = ENOUGH) -> Tensor:
     trace, square = moment.trace(), moment.square().sum()
     apart = (rows + 1 - 2 / n) * (square - trace.square() / n)  # 0 where C is a multiple of the identity already
     rho = torch.where(apart > 0, ((1 - 2 / n) * square + trace.square()) / apart, 1.0).clamp(0, 1)
-    return (1 - rho) * moment + rho * (trace / n) * torch.eye(n).to(moment)
+    return (1 - rho) * moment + torch.diag((rho * trace / n).expand(n))
 
 
 class InputWatch:

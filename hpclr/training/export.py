@@ -26,7 +26,7 @@ from hpclr.training.adapter_files import about_base, check_suffix, running_stati
 from hpclr.training.evaluation import digests_of, find_checkpoint, malformed_named
 from hpclr.training.run_directory import reading
 from hpclr.training.state import from_tree
-from hpclr.training.stored_weights import Layers, StoredWeights, numbers, stored_weights
+from hpclr.training.stored_weights import Layers, StoredWeights, once, place_of, stored_weights
 from hpclr.training.written_files import written_whole
 from hpclr.version import __version__
 
@@ -218,11 +218,12 @@ def _facts(loaded: Loaded, digest: str, stored: StoredWeights) -> dict[str, str]
 
 
 def _described(stored: StoredWeights, factored: bool) -> str:
-    """What is written, and how many numbers that is in either form."""
-    as_stored = numbers(stored.state.values())
+    """What is written, and how many numbers the model has in either form: of what has two names once."""
+    as_stored = sum(value.numel() for value in once(stored.state.values()))
     inside = {key for layer in stored.layers.values() for key in layer.factors}
-    dense = numbers(value for key, value in stored.state.items() if key not in inside)
-    dense += sum({id(stored.state[layer.factors[1]]): prod(layer.shape) for layer in stored.layers.values()}.values())
+    dense = sum(value.numel() for value in once(value for key, value in stored.state.items() if key not in inside))
+    shapes = {place_of(stored.state[layer.factors[1]]): layer.shape for layer in stored.layers.values()}
+    dense += sum(map(prod, shapes.values()))
     kind = "averaged weights" if stored.averaged else "weights"
     if factored:
         return f"factored {kind} ({as_stored:,} numbers, dense {dense:,})"

@@ -18,7 +18,7 @@ from hpclr.output import printable
 from hpclr.training.evaluation import load_run, malformed_named
 from hpclr.training.scores import shown
 from hpclr.training.state import Position, from_tree, position_of
-from hpclr.training.stored_weights import Adapters, numbers, stored_weights
+from hpclr.training.stored_weights import Adapters, once, place_of, stored_weights
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
@@ -58,8 +58,8 @@ def _facts(tree: Tree, weights: Mapping[str, Tensor], path: Path, method: str) -
         "best validation": _best(position),
         "method": method,
         "checks failed to decompose": state.get("failures", 0),
-        "stored numbers": f"{numbers(weights.values()):,}",
-        "bytes of weights": f"{sum({id(value): value.nbytes for value in weights.values()}.values()):,}",
+        "stored numbers": f"{sum(value.numel() for value in once(weights.values())):,}",
+        "bytes of weights": f"{sum(value.nbytes for value in once(weights.values())):,}",
         "made by": f"hpclr {environment['packages']['hpclr']}, torch {environment['packages']['torch']}, "
         f"Python {environment['python']}",
         "made on": f"{environment['host']}, {environment['device']}, {environment['threads']} threads",
@@ -78,15 +78,12 @@ def _layers(weights: Mapping[str, Tensor]) -> Table:
     table = Table(title="factored layers", title_justify="left")
     for column in ("layer", "shape", "rank", "σ₁", "σ_k/σ₁", "spectrum"):
         table.add_column(column)
-    names: dict[int, list[str]] = {}  # a head and its embedding have the same factors
+    found: dict[object, tuple[list[str], Factors]] = {}  # a head and its embedding have the same factors
     for name, factors in factored_layers(weights):
-        names.setdefault(id(factors.sigma), []).append(name)
-    for name, factors in factored_layers(weights):
-        same = names[id(factors.sigma)]
-        if name != same[0]:
-            continue
+        found.setdefault(place_of(factors.sigma), ([], factors))[0].append(name)
+    for names, factors in found.values():
         shape = f"{factors.u.shape[0]}×{factors.vh.shape[1]}"
-        table.add_row(printable(" = ".join(same)), shape, str(len(factors.sigma)), *_spectrum(factors))
+        table.add_row(printable(" = ".join(names)), shape, str(len(factors.sigma)), *_spectrum(factors))
     return table
 
 

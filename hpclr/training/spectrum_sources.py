@@ -33,7 +33,7 @@ from hpclr.training.precision import Precision
 from hpclr.training.run_directory import reading
 from hpclr.training.spectrum_data import Asked, Judged, LinearView, judge, labelled_sample
 from hpclr.training.state import from_tree
-from hpclr.training.stored_weights import stored_weights
+from hpclr.training.stored_weights import place_of, stored_weights
 from hpclr.training.tasks import task_of
 from hpclr.training.weights import read_stored
 
@@ -302,15 +302,13 @@ def _of_state(source: str, state: Mapping[str, Tensor]) -> Subject:
     """Of a state dict only names and shapes say what is a layer's weight."""
     factored = {name: factors for name, factors in factored_layers(state) if _fit(*factors)}
     weights, left_alone = list[Weight](), dict[str, str]()
-    cores: dict[int, str] = {}
-    for name, factors in factored.items():
-        first = cores.setdefault(id(factors.sigma), name)
-        if first == name:
-            weights.append(_factored(name, factors))
-        else:
-            left_alone[name] = f"tied: it is '{first}'"
-    inside = {id(factor) for factors in factored.values() for factor in factors}
     known: dict[tuple[int, torch.Size], str] = {}
+    for name, factors in factored.items():
+        if why := _why_the_same(name, factors.sigma, known):
+            left_alone[name] = why
+        else:
+            weights.append(_factored(name, factors))
+    inside = {id(factor) for factors in factored.values() for factor in factors}
     for key, tensor in state.items():
         if id(tensor) in inside:
             continue
@@ -374,7 +372,7 @@ def _why_scaled(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> str | 
 
 
 def _why_the_same(key: str, tensor: Tensor, known: dict[tuple[int, torch.Size], str]) -> str | None:
-    first = known.setdefault((tensor.data_ptr(), tensor.shape), key)
+    first = known.setdefault(place_of(tensor), key)
     return None if first == key else f"tied: it is '{first}'"
 
 

@@ -49,8 +49,9 @@ def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool 
     state = {key: value for key, value in model.items() if isinstance(value, Tensor)}
     layers = _layers(tree, state, path)
     averages = _averages(tree) if average else {}
-    aliases = {name: first for name, first in _tied(tree).items() if first in averages}
-    with_aliases = averages | {name: averages[first].clone() for name, first in aliases.items()}
+    tied = _tied(tree, path)
+    aliases = {name: first for name, first in tied.items() if first in averages}
+    with_aliases = averages | {name: averages[first] for name, first in aliases.items()}
     for name, value in with_aliases.items():
         if name not in state or state[name].shape != value.shape:
             found = f"shape {tuple(state[name].shape)}" if name in state else "no such entry"
@@ -59,23 +60,29 @@ def stored_weights(tree: Tree, path: Path, *, average: bool = True, merge: bool 
                 "damaged or was not written by hpclr: use another checkpoint."
             )
         state[name] = value.to(state[name].dtype)
-    _join(state, _tied(tree))
+    _join(state, tied)
     adapters = _adapters(tree, state, path)
     if adapters and merge:
         return StoredWeights(_merged(state, adapters, path), layers, {}, bool(averages), merged=True)
     return StoredWeights(state, layers, adapters, bool(averages))
 
 
-def numbers(tensors: Iterable[Tensor]) -> int:
-    """How many numbers tensors hold: once of one that has several names."""
-    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Where its numbers are: the same for two names of one parameter."""
+    return tensor.data_ptr(), tensor.shape
+
+
+def once(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Those of several names once."""
+    return {place_of(tensor): tensor for tensor in tensors}.values()
 
 
 def _join(state: dict[str, Tensor], tied: Mapping[str, str]) -> None:
     """What the model held under several names is one tensor again, unless somebody has changed one of them."""
     for name, first in tied.items():
-        if name in state and first in state and torch.equal(state[name], state[first]):
-            state[name] = state[first]
+        one, other = state.get(name), state.get(first)
+        if one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other):
+            state[name] = other
 
 
 def _adapters(tree: Tree, state: Mapping[str, Tensor], path: Path) -> Adapters:
@@ -133,9 +140,14 @@ def _averages(tree: Tree) -> dict[str, Tensor]:
     return {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
 
 
-def _tied(tree: Tree) -> dict[str, str]:
-    tied = _json(tree, "tied")
-    return tied if isinstance(tied, dict) else {}
+def _tied(tree: Tree, path: Path) -> dict[str, str]:
+    try:
+        tied: dict[str, str] = msgspec.convert(_json(tree, "tied") or {}, dict[str, str])
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: tied: {error}. The file is damaged or was not written by hpclr: use another."
+        ) from error
+    return tied
 
 
 def _json(tree: Tree, key: str) -> Any:

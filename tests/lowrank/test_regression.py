@@ -287,6 +287,14 @@ def test_the_moment_of_few_rows_is_nearer_the_truth_shrunk():
     assert gains[0] > gains[1] > gains[2] > 1
 
 
+def test_the_amount_of_shrinkage_worked_out_by_hand():
+    """C = diag(3, 1, 1, 1) of r = 5 rows: tr C = 6, tr C² = 12; ρ = (½·12 + 36) / ((5 + 1 − ½) (12 − 36/4)) > 1 …"""
+    little, much = torch.diag(torch.tensor([3.0, 1, 1, 1])).double(), torch.diag(torch.tensor([9.0, 1, 1, 1])).double()
+    assert_near(shrunk(little, 5), 1.5 * torch.eye(4).double())
+    rho = (0.5 * 84 + 144) / (5.5 * (84 - 144 / 4))  # … and of diag(9, 1, 1, 1): tr C = 12, tr C² = 84
+    assert_near(shrunk(much, 5), (1 - rho) * much + 3 * rho * torch.eye(4).double())
+
+
 def test_enough_rows_speak_for_themselves_and_a_single_one_says_nothing():
     x = torch.randn(40, 10, dtype=torch.float64)
     moment = x.mT @ x / 40

@@ -225,6 +225,7 @@ def test_numbers_too_large_for_the_type(trained, tmp_path):
         (lambda tree: tree["model"].pop("layers.1.u"), ("layer 'layers.1'", "found shapes [None")),
         (lambda tree: tree.update(layers=Json([1])), ("layers: Expected `object`",)),
         (lambda tree: tree.update(layers=Json({"L": {"weight": 1}})), ("layers: ", "damaged or was not written")),
+        (lambda tree: tree.update(tied=Json({"a": ["b"]})), ("tied: Expected `str`", "damaged or was not written")),
         (lambda tree: tree["ema"]["averages"].update(x=torch.ones(2)), ("the average of 'x' has shape (2,)",)),
         (
             lambda tree: tree["model"].update(phase=torch.ones(2, dtype=torch.complex128)),
@@ -242,6 +243,17 @@ def test_checkpoints_that_do_not_say_enough(change, texts, trained, tmp_path):
     assert done.code == 2, done.err
     assert all(text in done.err for text in texts), done.err
     assert "Traceback" not in done.err
+
+
+def test_names_of_one_parameter_are_one_tensor_unless_somebody_changed_one(trained, tmp_path):
+    tree = load_run(trained("everything"))[0].tree
+    state = stored_weights(tree, tmp_path, average=False).state
+    assert state["tied.weight"] is state["up.weight"]
+    for change in (lambda value: value + 1, lambda value: value.double()):
+        other = tree | {"model": tree["model"] | {"tied.weight": change(tree["model"]["tied.weight"])}}
+        state = stored_weights(other, tmp_path, average=False).state
+        assert torch.equal(state["tied.weight"], change(state["up.weight"]))
+        assert state["tied.weight"].dtype == other["model"]["tied.weight"].dtype
 
 
 def test_dense_weights_of_an_older_checkpoint(trained, tmp_path):

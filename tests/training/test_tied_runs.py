@@ -117,6 +117,9 @@ def test_what_has_two_names_counts_once(method, reference, text, bench):
     assert f"{sizes['stored']:,}" in shown
     exported = hpclr("export", run, bench.path / "model.safetensors").out
     assert f"({sizes['dense']:,} numbers, factored {sizes['stored']:,})" in exported
+    if method == "tied":
+        cut = hpclr("export", run, bench.path / "cut.safetensors", "--rank-fraction", "0.5").out
+        assert f"({sizes['dense']:,} numbers, factored " in cut
     spectrum = hpclr("spectrum", run).out
     assert f"tied: it is '{TABLE}" in " ".join(spectrum.split())
 
