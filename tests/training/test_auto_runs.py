@@ -8,7 +8,7 @@ from hpclr.config.schema import OIALR_AUTO
 
 SECTIONS = {
     "method": {"name": "oialr", "auto": True},
-    "model": {"name": "mlp", "hidden": [32, 32, 32]},
+    "model": {"name": "mlp", "hidden": [16, 16, 16]},  # four rows of a batch for each input
     "optimizer": {"name": "adamw", "lr": 0.02},
 }
 CHECKS = {"delay": 8, "every": 1}  # of the 13 steps of these runs
