@@ -124,9 +124,10 @@ def deadline_of(environ: Mapping[str, str]) -> float:
     if not value:
         return math.inf
     if re.fullmatch(r"[0-9]{10,11}(\.[0-9]*)?", value) is None:  # from 2001 on, and no milliseconds
-        raise UsageError(
+        raise UsageError(  # in the same words at any time: processes whose words differ would all be heard
             f"{DEADLINE_VARIABLE} is {printable(value[:40])!r}; expected the time at which the job ends, in seconds "
-            f"since 1970, such as {time.time() + 3600:.0f} for in an hour. Correct it in the batch script, or unset it."
+            "since 1970, such as `date -d '+1 hour' +%s` prints for in an hour. Correct it in the batch script, or "
+            "unset it."
         )
     return time.monotonic() + float(value) - time.time()
 

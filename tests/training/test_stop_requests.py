@@ -22,6 +22,7 @@ from training_helpers import assert_same_run, hpclr, records, steps_kept
 
 from hpclr.checkpoint import CheckpointStore
 from hpclr.cluster.control import request_stop
+from hpclr.errors import UsageError
 from hpclr.parallel.watch.heartbeat import read_heartbeat
 from hpclr.training import stopping
 from hpclr.training.assembly import assemble
@@ -395,6 +396,17 @@ def test_a_deadline_that_is_none_is_refused_before_anything_is_written(value, be
     assert done.code == 2
     assert f"HPCLR_DEADLINE is '{value}'; expected the time at which the job ends, in seconds since 1970" in done.err
     assert bench.listing() == before
+
+
+def test_the_words_are_the_same_at_any_time(monkeypatch):
+    """Else each process would say its own."""
+    said = set()
+    for clock in (1.7e9, 1.7e9 + 1):
+        monkeypatch.setattr(stopping.time, "time", lambda clock=clock: clock)
+        with pytest.raises(UsageError) as refused:
+            stopping.deadline_of({"HPCLR_DEADLINE": "soon"})
+        said.add(str(refused.value))
+    assert len(said) == 1
 
 
 def test_an_empty_deadline_is_none(bench, monkeypatch):
