@@ -24,7 +24,7 @@ from hpclr.lowrank.layers import LowRankModule
 from hpclr.lowrank.sites import WeightSite, release
 from hpclr.lowrank.svd_layers import SpatialWeight
 
-ENOUGH = 4  # rows for each input, from which on shrinking costs more rank than it spares error (benchmarks/few_rows.py)
+ENOUGH = 4  # rows for each input, from which on C is taken as it is (docs/results.md, outputs of few rows)
 _BLOCK = 16 << 20  # bytes of the rows in float64 that are multiplied at a time
 _ATTENTION = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
 _ARGUMENTS = ("query", "key", "value")
